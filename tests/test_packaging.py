@@ -1,0 +1,266 @@
+"The package, the notebooks it is exported from, the README and the site agree with one another, and what is built installs"
+import ast, email, importlib, json, os, re, runpy, shutil, subprocess, sys, sysconfig, venv, zipfile
+from configparser import ConfigParser
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest, yaml
+from packaging.requirements import Requirement
+
+root = Path(__file__).parent.parent
+nbs = sorted((root/'nbs').glob('*.ipynb'))
+needs_nbdev = pytest.mark.nbdev
+
+settings = ConfigParser(delimiters=['='])
+settings.read(root/'settings.ini', encoding='utf-8')
+
+def run(*args, **kw):
+    "Output of a command, which must succeed"
+    p = subprocess.run([str(o) for o in args], capture_output=True, text=True, stdin=subprocess.DEVNULL, **kw)
+    assert p.returncode == 0, f'{p.args} failed:\n{p.stdout}\n{p.stderr}'
+    return p.stdout
+
+def python(code, **kw): return run(sys.executable, '-c', code, **kw)
+
+@pytest.fixture
+def project(copy_project, tmp_path): return copy_project(tmp_path/'project')
+
+def contents(path, pattern='*'):
+    return {f.name: f.read_bytes() for f in path.glob(pattern) if f.is_file()}
+
+def cells(nb, kind):
+    for c in json.loads(nb.read_text(encoding='utf-8'))['cells']:
+        if c['cell_type'] == kind: yield ''.join(c['source'])
+
+# Notebooks -> modules
+
+def exports():
+    "{module: notebook}, in the order of the notebooks"
+    found = [(re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(cells(nb, 'code')), re.M), nb) for nb in nbs]
+    return {m[1]: nb for m,nb in found if m}
+
+def imports(path):
+    "The dotted name of each import in a file, and whether it is at the top of the file"
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
+        names = [o.name for o in node.names]
+        if isinstance(node, ast.ImportFrom):
+            mod = '.'.join(filter(None, ['fastai_nadam' if node.level else '', node.module]))
+            names = [f'{mod}.{o}' for o in names] if mod == 'fastai_nadam' else [mod]
+        yield from ((o, node in tree.body) for o in names)
+
+def rooms(path):
+    "The modules of this package that a file imports"
+    names = [o.split('.') for o,_ in imports(path)]
+    return [o[1] for o in names if o[0] == 'fastai_nadam' and o[1:] != ['__version__']]
+
+@needs_nbdev
+def test_modules_are_exported_from_the_notebooks(project):
+    lib = project/'fastai_nadam'
+    for mod in lib.glob('*.py'):
+        if mod.name not in ('__init__.py', 'all.py'): mod.unlink()
+    toml = (project/'pyproject.toml').read_bytes()
+    python('from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=project)
+    assert contents(lib, '*.py') == contents(root/'fastai_nadam', '*.py'), 'run nbdev-export'
+    assert (project/'pyproject.toml').read_bytes() == toml
+    assert contents(project/'nbs').keys() == contents(root/'nbs').keys()
+
+def test_a_module_imports_only_from_rows_above_it():
+    order = list(exports())
+    assert order[0] == 'rules' and {'steppers', 'optimizer', 'data', 'train'} < set(order)
+    assert {f.stem for f in (root/'fastai_nadam').glob('*.py')} == {*order, '__init__', '_modidx', 'all'}
+    for i,mod in enumerate(order):
+        above = set(order[:i])
+        assert set(rooms(root/f'fastai_nadam/{mod}.py')) <= above, f'{mod} may import only {above}'
+    assert rooms(root/'fastai_nadam/all.py') == [o for o in order if o != 'multi_tensor'], 'all.py has every room in which there is something to name'
+    assert rooms(root/'fastai_nadam/__init__.py') == ['optimizer']
+
+def test_import_of_the_package_leaves_the_training_rooms_out():
+    code = "import sys, fastai_nadam; assert fastai_nadam.NAdam and fastai_nadam.DozatNAdam; print(*sys.modules)"
+    loaded = python(code, cwd=root).split()
+    assert not [m for m in loaded if m.startswith(('fastai.vision', 'fastai.learner', 'fastai.data', 'fastai_nadam.data', 'fastai_nadam.train'))]
+
+def test_all_has_what_users_name():
+    names, theirs = {}, {}
+    exec('from fastai_nadam.all import *', names)
+    exec('from fastai.vision.all import *', theirs)
+    where = {'NAdam': 'optimizer', 'DozatNAdam': 'optimizer', 'nadam_step': 'steppers', 'get_dls': 'data', 'train': 'train'}
+    assert {n: names[n].__module__ for n in where} == {n: f'fastai_nadam.{m}' for n,m in where.items()}
+    hidden = [n for n in names if n in theirs and names[n] is not theirs[n] and n != '__builtins__']
+    assert not hidden, 'names of fastai that a user of both would no longer have'
+
+def test_modules_import_only_what_is_required():
+    "Declared in settings.ini, or brought by what is declared there"
+    todo, dists = [Requirement(o) for o in settings['package']['requirements'].split()], {}
+    while todo:
+        r = todo.pop()
+        if r.name in dists or (r.marker and not r.marker.evaluate({'extra': ''})): continue
+        dists[r.name] = distribution(r.name)
+        todo += map(Requirement, dists[r.name].requires or [])
+    have = {f.parts[0] for d in dists.values() for f in d.files}
+    for f in (root/'fastai_nadam').glob('*.py'):
+        for mod,top in imports(f):
+            pkg = mod.split('.')[0]
+            if not top or pkg == 'fastai_nadam' or pkg in sys.stdlib_module_names: continue
+            assert have & {pkg, f'{pkg}.py'}, f'{f.name} imports {pkg}, which nothing in settings.ini brings'
+
+def test_console_scripts_exist():
+    for name,target in settings['console_scripts'].items():
+        mod, func = target.split(':')
+        assert callable(getattr(importlib.import_module(mod), func)), name
+
+# Notebooks, README and site
+
+@needs_nbdev
+def test_notebooks_are_clean(project):
+    python('from nbdev.clean import nbdev_clean; nbdev_clean()', cwd=project)
+    assert contents(project/'nbs', '*.ipynb') == contents(root/'nbs', '*.ipynb'), 'run nbdev-clean'
+
+@needs_nbdev
+def test_readme_is_made_from_the_index():
+    files = runpy.run_path(str(root/'nbs/_readme.py'))['readme']()
+    for f,b in files.items(): assert f.read_bytes() == b, 'run python nbs/_readme.py'
+    assert set((root/'nbs/images').glob('index-*')) == {f for f in files if f.suffix == '.png'}
+
+@needs_nbdev
+def test_readme_shows_what_the_index_shows(tmp_path):
+    def code(source, *outputs): return dict(cell_type='code', source=source, outputs=list(outputs), metadata={}, execution_count=None, id='0')
+    def md(source): return dict(cell_type='markdown', source=source, metadata={}, id='0')
+    png = dict(output_type='display_data', metadata={}, data={'image/png': 'AAEC', 'text/plain': '<Figure>'})
+    number = dict(output_type='execute_result', metadata={}, execution_count=None, data={'text/plain': '42'})
+    warning = dict(output_type='stream', name='stderr', text='careful')
+    nb = tmp_path/'index.ipynb'
+    nb.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[
+        md('# title'), md('[a](00_a.ipynb#b) [b](../LICENSE) [c](https://c.d/e) [f](#g) `[h](i)`'),
+        code('#| hide\nsecret'), code('40+2', number), code('#| echo: false\n#| fig-cap: A curve\nplot()', warning, png)])))
+    module = runpy.run_path(str(root/'nbs/_readme.py'))
+    (readme,text), (pic,data) = module['readme'](nb).items()
+    text = text.decode()
+    assert readme == root/'README.md' and pic == root/'nbs/images/index-1.png' and data == bytes([0, 1, 2])
+    assert '[a](nbs/00_a.ipynb#b) [b](LICENSE) [c](https://c.d/e) [f](#g) `[h](i)`' in text
+    assert '``` python\n40+2\n```\n\n```\n42\n```\n\n![A curve](nbs/images/index-1.png)\n' in text
+    assert not [o for o in ('secret', 'careful', 'plot()', '#|') if o in text]
+
+def links(md): return re.findall(r'\]\(([^)\s]+)', re.sub(r'```.*?```|`[^`\n]+`', '', md, flags=re.S))
+
+def anchors(md):
+    headings = re.findall(r'^#+ +(.*?) *$', re.sub(r'```.*?```', '', md, flags=re.S), re.M)
+    return {re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in headings}
+
+def prose(f): return f.read_text(encoding='utf-8') if f.suffix == '.md' else '\n\n'.join(cells(f, 'markdown'))
+
+@pytest.mark.parametrize('page', [*nbs, *sorted(root.glob('*.md'))], ids=lambda f: f.name)
+def test_links_resolve(page):
+    for link in links(prose(page)):
+        if re.match(r'https?:|mailto:', link): continue
+        path, _, anchor = link.partition('#')
+        target = (page.parent/path).resolve() if path else page
+        assert target.exists() and root in target.parents, link
+        if anchor: assert anchor in anchors(prose(target)), link
+
+@needs_nbdev
+def test_site_has_every_notebook(project):
+    "All that `nbdev-docs` does before it calls Quarto"
+    python('from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; refresh_quarto_yml(); nbdev_sidebar()', cwd=project)
+    made = {f: (project/'nbs'/f).read_text(encoding='utf-8') for f in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml')}
+    for f in ('_quarto.yml', 'nbdev.yml'): assert made[f] == (root/'nbs'/f).read_text(encoding='utf-8'), f'nbdev would rewrite {f}'
+    names = [nb.name for nb in nbs]
+    pages = yaml.safe_load(made['sidebar.yml'])['website']['sidebar']['contents']
+    assert pages[0] == 'index.ipynb' and pages[1:] == [n for n in names if n != 'index.ipynb']
+    for f in yaml.safe_load(made['_quarto.yml'])['metadata-files']: assert f in made
+    python('from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)', cwd=project)
+    for nb in nbs:
+        page = json.loads((project/'_proc'/nb.name).read_text(encoding='utf-8'))
+        assert page['cells'][0]['source'].startswith('---\n'), f'{nb.name} should begin with "# title" and "> description"'
+    shown = json.dumps(json.loads((project/'_proc/03_optimizer.ipynb').read_text(encoding='utf-8')))
+    assert 'Gradient moving average coefficient' in shown
+
+# What is built and installed
+
+@pytest.fixture(scope='session')
+def dist(copy_project, tmp_path_factory):
+    "The folder of the sdist, and of the wheel built from it"
+    tmp = tmp_path_factory.mktemp('dist')
+    log = run(sys.executable, '-m', 'build', '--no-isolation', '-o', tmp/'dist', copy_project(tmp/'project'))
+    assert 'outside of `pyproject.toml`' not in log
+    return tmp/'dist'
+
+def test_wheel_has_the_facts_of_settings_ini(dist):
+    wheel, sdist = next(dist.glob('*.whl')), next(dist.glob('*.tar.gz'))
+    with zipfile.ZipFile(wheel) as z:
+        def read(name): return z.read(next(o for o in z.namelist() if o.endswith(f'.dist-info/{name}'))).decode()
+        meta, scripts = email.message_from_string(read('METADATA')), read('entry_points.txt')
+        files = {Path(o).name for o in z.namelist() if o.startswith('fastai_nadam/')}
+    version = re.search('__version__ = "(.*)"', (root/'fastai_nadam/__init__.py').read_text())[1]
+    pkg = settings['package']
+    expected = {Requirement(o) for o in pkg['requirements'].split('\n') if o}
+    assert {o.name for o in expected} == {'fastai', 'torch', 'fastcore'}
+    for extra,reqs in settings['extras'].items(): expected |= {Requirement(f'{o}; extra == "{extra}"') for o in reqs.split('\n') if o}
+    assert {Requirement(o) for o in meta.get_all('Requires-Dist')} == expected
+    assert set(meta.get_all('Provides-Extra')) == set(settings['extras'])
+    assert meta['Version'] == version and wheel.name == f'fastai_nadam-{version}-py3-none-any.whl' and sdist.name == f'fastai_nadam-{version}.tar.gz'
+    assert meta['Requires-Python'] == f">={pkg['min_python']}" and meta['License-Expression'] == pkg['license'] and meta['Author'] == pkg['author']
+    assert meta['Keywords'].split(',') == pkg['keywords'].split(', ')
+    assert meta.get_all('Classifier') == pkg['classifiers'].strip().split('\n')
+    assert meta.get_payload().strip() == (root/'README.md').read_text(encoding='utf-8').strip()
+    for k,v in settings['console_scripts'].items(): assert f'{k} = {v}' in scripts
+    assert files == {f.name for f in (root/'fastai_nadam').glob('*.py')}
+
+def test_wheel_runs_in_an_empty_environment(dist, tmp_path):
+    "Empty but for what the requirements bring, which is borrowed from the environment of the tests"
+    env = tmp_path/'env'
+    venv.create(env, with_pip=True)
+    bin = env/('Scripts' if os.name == 'nt' else 'bin')
+    run(bin/'python', '-m', 'pip', 'install', '--no-deps', '--no-index', next(dist.glob('*.whl')))
+    site = Path(run(bin/'python', '-c', "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    (site/'borrowed.pth').write_text('\n'.join({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}))
+    where = run(bin/'python', '-c', 'import fastai_nadam.all; print(fastai_nadam.__file__)', cwd=tmp_path)
+    assert Path(where.strip()) == site/'fastai_nadam/__init__.py'
+    for name in settings['console_scripts']: assert f'usage: {name}' in run(bin/name, '--help', cwd=tmp_path)
+
+# The commands, and who runs them
+
+def commands(): return re.findall(r'^python3 -m venv .*$', (root/'README.md').read_text(encoding='utf-8'), re.M)
+
+def test_readme_opens_with_the_two_commands():
+    train, tests = commands()
+    text = (root/'README.md').read_text(encoding='utf-8')
+    assert text.index(tests) < text.index('\n## ')
+    assert train.endswith(' && .venv/bin/nadam-train') and 'nadam-train' in settings['console_scripts']
+    assert tests.endswith("'.[dev]' && .venv/bin/pytest") and 'dev' in settings['extras']
+
+@pytest.mark.skipif(os.name == 'nt', reason='a bash script')
+@pytest.mark.parametrize('status', [0, 1])
+def test_ci_runs_the_command_of_the_readme(tmp_path, status):
+    "With a stand-in for python3, whose environments hold stand-ins for pip and pytest"
+    def script(path, body):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/sh\n{body}\n')
+        path.chmod(0o755)
+    here = tmp_path/'checkout'
+    (here/'.ci').mkdir(parents=True)
+    shutil.copy(root/'.ci/run', here/'.ci/run')
+    shutil.copy(root/'README.md', here/'README.md')
+    script(tmp_path/'stub/pip', 'echo pip "$@"')
+    script(tmp_path/'stub/pytest', f'echo pytest "$@"; exit {status}')
+    script(tmp_path/'bin/python3', f'echo python3 "$@"; mkdir -p .venv/bin && cp {tmp_path}/stub/* .venv/bin')
+    (here/'.venv').mkdir()
+    (here/'.venv/stale').touch()
+    p = subprocess.run(['bash', '.ci/run'], cwd=here, capture_output=True, text=True, env={**os.environ, 'PATH': f"{tmp_path/'bin'}:{os.environ['PATH']}"})
+    assert p.stdout.splitlines() == [commands()[1], 'python3 -m venv .venv', 'pip install -e .[dev]', 'pytest'] and p.returncode == status, p.stderr
+    assert not (here/'.venv/stale').exists()
+
+def test_workflows_are_well_formed():
+    flows = {f.stem: yaml.safe_load(f.read_text(encoding='utf-8')) for f in (root/'.github/workflows').iterdir()}
+    assert set(flows) == {'test', 'docs', 'release'}
+    for flow in flows.values():
+        assert flow['name'] and flow[True] and flow['permissions']  # YAML reads the key `on` as true
+        for job in flow['jobs'].values():
+            assert job['runs-on'] and set(job.get('needs', '').split()) <= set(flow['jobs'])
+            for step in job['steps']: assert ('uses' in step) != ('run' in step), step
+    jobs = flows['test']['jobs']
+    pythons = jobs['python']['strategy']['matrix']['python']
+    oldest, newest = jobs['dependencies']['strategy']['matrix']['include']
+    assert pythons[0] == oldest['python'] == settings['package']['min_python'] and newest['python'] in pythons
+    assert oldest['extra'] in settings['extras'] and newest['extra'] in settings['extras']
