@@ -1,0 +1,32 @@
+"What all tests share: random inputs drawn anew in each run, few threads, no windows, a copy of the project to change"
+import os, random, shutil
+from pathlib import Path
+
+os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch starts, here and in the processes that tests start
+
+import fastcore.test, numpy as np, pytest, torch
+
+for k,o in vars(fastcore.test).items():
+    if k.startswith('test'): o.__test__ = False  # an old fastai's `import *` brings them along; they are no tests
+
+seed = int(os.environ.get('NADAM_TEST_SEED', random.SystemRandom().randrange(2**32)))
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    "Seed every generator from the run's seed and the test's name, so that a test draws alone what it drew among the others"
+    s = random.Random(f'{seed} {request.node.nodeid}').randrange(2**32)
+    random.seed(s)
+    np.random.seed(s)
+    torch.manual_seed(s)
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    rep = (yield).get_result()
+    if rep.failed: rep.sections.append(('Random inputs', f"to draw the same again: NADAM_TEST_SEED={seed} pytest '{item.nodeid}'"))
+
+@pytest.fixture(scope='session')
+def copy_project():
+    "A function that copies what the project is made of to a new folder, where a test may change it"
+    skip = shutil.ignore_patterns('.*', '_docs', '_proc', 'build', 'dist', 'runs', '*.egg-info', '__pycache__')
+    return lambda dest: shutil.copytree(Path(__file__).parent.parent, dest, ignore=skip)

@@ -1,0 +1,304 @@
+"Whatever is thrown at the optimizer, it works or is refused with a word on why, and a refusal changes nothing"
+import ast, math, os, re
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
+from fastai.learner import Learner
+from fastai.losses import MSELossFlat
+from fastai.test_utils import RegModel, synth_dbunch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch import nn
+from fastai_nadam import DozatNAdam, NAdam
+from fastai_nadam.interop import from_torch
+from paths import each_path, on_path
+
+def fuzz(n, **kwargs):
+    n *= int(os.environ.get('NADAM_FUZZ', 1))  # for a long search
+    def decorate(f): return settings(max_examples=n, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])(given(**kwargs)(f))
+    return decorate
+
+opt_funcs = st.sampled_from([NAdam, DozatNAdam, partial(NAdam, nesterov=False), partial(NAdam, decouple_wd=False)])
+seeds = st.integers(0, 2**32)
+shapes = st.lists(st.sampled_from([(), (1,), (5,), (3, 4), (0, 2), (2, 1, 3), (70, 1000)]), min_size=2, max_size=5)
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+# Values that have no business being a hyper, or may be one
+numbers = st.one_of(st.floats(max_value=1e30), st.integers(-3, 3), st.sampled_from([0.9, 0.99, 1e-8, 1., -0., -1e-8, math.nan, math.inf, 10**400, True]))
+scalars = st.one_of(numbers, st.floats(max_value=2.**100, width=32).map(np.float32), st.floats(max_value=2.**100, width=32).map(torch.tensor))
+junk = st.one_of(scalars, st.none(), st.text(max_size=3), st.binary(max_size=3), st.complex_numbers(), st.sampled_from([[math.nan], [], [[0.5]], {}, {'mom': 1},
+    object, np.zeros(2), torch.zeros(3), torch.zeros(0), torch.tensor(1j), torch.zeros(2, 2), 'nan', '0.9', b'0.9', slice(None), np.datetime64('nat')]))
+hyper_names = ('lr', 'mom', 'sqr_mom', 'eps', 'wd', 'mom_decay')
+
+def groups(ps): return [ps[:1], ps[1:]]
+
+def set_grads(ps, seed):
+    g = torch.Generator().manual_seed(seed)
+    for p in ps: p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+
+def make(opt_func, path, shapes=((3, 2), (4,), ()), dtype=torch.float32, n_steps=2):
+    "Parameters in two groups, the last exempt from weight decay, and their optimizer after some steps"
+    ps = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
+    opt = on_path(opt_func, groups(ps), path, lr=0.01, wd=0.1)
+    opt.state[ps[-1]]['do_wd'] = False
+    for i in range(n_steps):
+        set_grads(ps, i)
+        opt.step()
+    return ps, opt
+
+def twin(ps, opt_func, opt, path):
+    "The same parameters and state again"
+    qs = [nn.Parameter(p.detach().clone()) for p in ps]
+    other = on_path(opt_func, groups(qs), path, lr=0.)
+    other.load_state_dict(opt.state_dict())
+    return qs, other
+
+def snapshot(ps, opt):
+    return deepcopy(([p.detach() for p in ps], [None if p.grad is None or p.grad.layout != torch.strided else p.grad for p in ps],
+        [dict(opt.state[p]) for p in ps], [dict(h) for h in opt.hypers]))
+
+def same(a, b):
+    "Equal to the bit; NaN is NaN"
+    if torch.is_tensor(a): return torch.is_tensor(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7.), b.nan_to_num(7.))
+    if isinstance(a, dict): return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or (a != a and b != b))
+
+def assert_same_run(ps, opt, qs, other, n=2):
+    "Both go on alike"
+    for i in range(n):
+        for xs,o in ((ps, opt), (qs, other)):
+            set_grads(xs, 100+i)
+            o.step()
+    assert same(snapshot(ps, opt), snapshot(qs, other))
+
+# NaN and Inf
+
+@each_path
+@fuzz(10, opt_func=opt_funcs, shapes=shapes, dtype=dtypes, bad=st.sampled_from([math.nan, math.inf, -math.inf]), seed=seeds, data=st.data())
+def test_a_bad_gradient_stays_where_it_is(path, opt_func, shapes, dtype, bad, seed, data):
+    "Neither another parameter nor another element of the same one notices"
+    torch.manual_seed(seed)
+    ps, opt = make(opt_func, path, shapes, dtype)
+    qs, other = twin(ps, opt_func, opt, path)
+    sizes = [p.numel() for p in ps]
+    i = data.draw(st.integers(0, len(ps)-1).filter(lambda i: sizes[i]) if any(sizes) else st.just(0), label='parameter')
+    j = data.draw(st.integers(0, max(sizes[i]-1, 0)), label='element')
+    for step in range(3):
+        set_grads(ps, seed+step)
+        set_grads(qs, seed+step)
+        if step == 0 and sizes[i]: ps[i].grad.view(-1)[j] = bad
+        opt.step()
+        other.step()
+    def without(snap):
+        for ts in (snap[0], snap[1]): ts[i].view(-1)[j:j+1] = 0
+        for k in ('grad_avg', 'sqr_avg'): snap[2][i][k].view(-1)[j:j+1] = 0
+        return snap
+    if sizes[i]: assert not ps[i].detach().view(-1)[j].isfinite()
+    assert same(without(snapshot(ps, opt)), without(snapshot(qs, other)))
+
+# Hypers
+
+def allowed(k, v): return 0 <= v < 1 if k in ('mom', 'sqr_mom') else v >= 0 if k == 'mom_decay' else 0 <= v < math.inf
+
+@fuzz(150, opt_func=st.sampled_from([NAdam, DozatNAdam]), kwargs=st.dictionaries(st.sampled_from(hyper_names), junk, min_size=1, max_size=3))
+def test_factories(opt_func, kwargs):
+    "What is accepted is a float in its range; what is not is named"
+    if opt_func is NAdam: kwargs.pop('mom_decay', None)
+    p = nn.Parameter(torch.ones(2))
+    try: opt = opt_func([p], **{'lr': 0.1, **kwargs})
+    except (ValueError, AssertionError) as e:
+        assert any(k in str(e) for k in kwargs), e
+        return
+    except TypeError:  # of fastai, which spreads the values of a slice
+        assert any(isinstance(v, slice) for v in kwargs.values())
+        return
+    for k,v in opt.hypers[0].items(): assert type(v) is float and allowed(k, v)
+    p.grad = torch.tensor([1., -1.])
+    opt.step()
+
+@fuzz(40, flags=st.dictionaries(st.sampled_from(['foreach', 'fused']), st.sampled_from([None, True, False, 'yes', 2, 1.5, math.nan, ()]), min_size=1), dtype=dtypes)
+def test_path_flags(flags, dtype):
+    p = nn.Parameter(torch.ones(2, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    try: opt = NAdam([p], 0.1, **flags)
+    except ValueError as e: assert any(k in str(e) and repr(v) in str(e) for k,v in flags.items())
+    else: opt.step()
+
+bad_params = st.recursive(st.one_of(st.none(), st.integers(), st.text(max_size=2), st.sampled_from([np.zeros(2), int, nn.Linear(1, 1), torch.zeros(2, dtype=torch.complex64),
+    torch.zeros(2)])), lambda o: st.one_of(st.lists(o, max_size=3), st.tuples(o, o), st.dictionaries(st.text(max_size=2), o, max_size=2)), max_leaves=5)
+
+@fuzz(100, params=bad_params, opt_func=opt_funcs)
+def test_factories_params(params, opt_func):
+    try: opt = opt_func(params, 0.1)
+    except (TypeError, ValueError) as e: assert 'param' in str(e)
+    else: assert all(torch.is_tensor(p) and not p.is_complex() for pg in opt.param_lists for p in pg)
+
+values = st.one_of(junk, st.lists(scalars, max_size=4), st.builds(slice, scalars), st.builds(slice, scalars, scalars))
+
+@fuzz(100, opt_func=opt_funcs, kwargs=st.dictionaries(st.sampled_from(hyper_names), values, min_size=1, max_size=4))
+def test_set_hypers(opt_func, kwargs):
+    "All are set or none"
+    ps, opt = make(opt_func, {}, n_steps=1)
+    before = snapshot(ps, opt)
+    try: opt.set_hypers(**kwargs)
+    except (ValueError, AssertionError): assert same(before, snapshot(ps, opt))
+    except (TypeError, ArithmeticError):  # of fastai, which spreads the values of a slice
+        assert any(isinstance(v, slice) for v in kwargs.values()) and same(before, snapshot(ps, opt))
+    else:
+        for h in opt.hypers:
+            for k,v in h.items(): assert type(v) is float and allowed(k, v)
+        set_grads(ps, 0)
+        opt.step()
+
+@each_path
+@fuzz(20, opt_func=opt_funcs, k=st.sampled_from(hyper_names[:5]), group=st.integers(0, 1), seed=seeds,
+    bad=st.one_of(st.floats(max_value=-1e-300), st.sampled_from([math.nan, math.inf, 10**400, None, 'x', np.float64(-1), torch.tensor(math.nan), torch.ones(2)])))
+def test_hypers_that_become_invalid(path, opt_func, k, bad, group, seed):
+    "Written past every check, they are refused by `step`, by name; without them the run goes on as if nothing had been"
+    torch.manual_seed(seed)
+    ps, opt = make(opt_func, path)
+    qs, other = twin(ps, opt_func, opt, path)
+    good, opt.hypers[group][k] = opt.hypers[group][k], bad
+    set_grads(ps, seed)
+    before = snapshot(ps, opt)
+    with pytest.raises(ValueError, match=rf'\b{k} must be'): opt.step()
+    assert same(before, snapshot(ps, opt))
+    opt.hypers[group][k] = good
+    assert_same_run(ps, opt, qs, other)
+
+@each_path
+@pytest.mark.parametrize('k', ['mom', 'sqr_mom'])
+def test_a_schedule_that_sends_a_momentum_to_1(path, k):
+    class Last(Callback):
+        order = 1000
+        def after_step(self): self.kept = deepcopy((list(self.model.parameters()), self.opt.state_dict()))
+    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=partial(on_path, NAdam, path=path),
+        cbs=[ParamScheduler({k: lambda pos: 0.9 if pos < 0.5 else 1.}), Last()])
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match=rf'\b{k} must be in \[0, 1\), got 1.0'): learn.fit(1, 0.1)
+    ps, sd = learn.last.kept
+    assert same(sd, learn.opt.state_dict()) and same([p.detach() for p in ps], [p.detach() for p in learn.model.parameters()])
+    assert {s['step'] for s in sd['state']} == {5} and learn.opt.hypers[0][k] == 0.9
+
+# A refused step
+
+def sparse(p, opt): p.grad = torch.zeros(p.shape).to_sparse()
+def reshaped(p, opt): p.data = torch.zeros(7, 7)
+def bad_avg(p, opt): opt.state[p]['grad_avg'] = torch.zeros(9)
+def bad_sqr(p, opt): opt.state[p]['sqr_avg'] = torch.zeros(9)
+
+@each_path
+@fuzz(10, opt_func=opt_funcs, i=st.integers(0, 2), harm=st.sampled_from([sparse, reshaped, bad_avg, bad_sqr]), seed=seeds)
+def test_a_refused_step(path, opt_func, i, harm, seed):
+    "Nothing has been decayed, averaged or counted, in any group"
+    torch.manual_seed(seed)
+    ps, opt = make(opt_func, path)
+    qs, other = twin(ps, opt_func, opt, path)
+    set_grads(ps, seed)
+    data, state = ps[i].data, dict(opt.state[ps[i]])
+    harm(ps[i], opt)
+    before = snapshot(ps, opt)
+    with pytest.raises(ValueError, match='shape'): opt.step()
+    assert same(before, snapshot(ps, opt))
+    ps[i].data, ps[i].grad = data, None
+    opt.state[ps[i]].update(state)
+    assert_same_run(ps, opt, qs, other)
+
+# A refused checkpoint
+
+def nodes(o, path=()):
+    "The places in nested dicts and lists"
+    yield path
+    for k,v in (o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, list) else ()): yield from nodes(v, (*path, k))
+
+def at(o, path):
+    for k in path: o = o[k]
+    return o
+
+tensors = st.sampled_from([torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.complex64), torch.full((3, 2), math.nan), torch.zeros(2, 3), torch.zeros(()),
+    torch.zeros(3, 2).to_sparse(), torch.zeros(3, 2, dtype=torch.bool), torch.zeros(3, 2, dtype=torch.float16)])
+
+@st.composite
+def mutations(draw, sd):
+    "A state dict with one to three things broken"
+    sd = deepcopy(sd)
+    for _ in range(draw(st.integers(1, 3))):
+        *path, k = draw(st.sampled_from([o for o in nodes(sd) if o]))
+        o = at(sd, path)
+        how = draw(st.sampled_from(['replace', 'remove', 'repeat', 'add']))
+        if how == 'remove': del o[k]
+        elif how == 'repeat' and isinstance(o, list): o.append(deepcopy(o[k]))
+        elif how == 'add' and isinstance(o, dict): o[draw(st.sampled_from(['grad_avg', 'sqr_avg', 'step', 'do_wd', 'mom_prod', 'mu_prod', 'x', 3]))] = draw(st.one_of(junk, tensors))
+        else: o[k] = draw(st.one_of(junk, tensors))
+        if not any(nodes(sd)): break
+    return sd
+
+@each_path
+@fuzz(30, opt_func=st.sampled_from([NAdam, DozatNAdam]), n_steps=st.integers(0, 2), seed=seeds, data=st.data())
+def test_broken_checkpoints(path, opt_func, n_steps, seed, data):
+    "Either the optimizer can go on with it, or it is a `ValueError` and the run goes on as before"
+    torch.manual_seed(seed)
+    ps, opt = make(opt_func, path)
+    qs, other = twin(ps, opt_func, opt, path)
+    sd = data.draw(mutations(make(opt_func, path, n_steps=n_steps)[1].state_dict()))
+    before = snapshot(ps, opt)
+    try: opt.load_state_dict(sd)
+    except ValueError:
+        assert same(before, snapshot(ps, opt))
+        assert_same_run(ps, opt, qs, other)
+    else:
+        for h in opt.hypers:
+            for k,v in h.items(): assert type(v) is float and allowed(k, v)
+        set_grads(ps, 0)
+        opt.step()
+        for p in ps: assert opt.state[p]['grad_avg'].dtype == p.dtype and opt.state[p]['grad_avg'].shape == p.shape
+
+@pytest.mark.parametrize('change,says', [
+    (lambda sd: sd.pop('state'), r"state_dict must have 'state' and 'hypers', got \['hypers'\]"),
+    (lambda sd: sd.pop('hypers'), r"must have 'state' and 'hypers'"),
+    (lambda sd: sd['state'].pop(), 'state_dict has 2 parameters, the optimizer has 3'),
+    (lambda sd: sd['hypers'].append({}), 'state_dict has 3 parameter groups, the optimizer has 2'),
+    (lambda sd: sd['state'][1].pop('grad_avg'), r"parameter 1, of shape \(4,\): missing \['grad_avg'\]"),
+    (lambda sd: sd['state'][1].pop('step'), r"parameter 1, of shape \(4,\): missing \['step'\]"),
+    (lambda sd: sd['state'][0].update(sqr_avg=torch.zeros(4)), r'parameter 0, of shape \(3, 2\): sqr_avg has shape \(4,\)'),
+    (lambda sd: sd['state'][0].update(sqr_avg=torch.zeros(3, 2, dtype=torch.int32)), r'parameter 0, of shape \(3, 2\): sqr_avg must be a floating-point tensor, got torch.int32'),
+    (lambda sd: sd['state'][2].update(step=0.5), r'parameter 2, of shape \(\): step must be a whole number'),
+    (lambda sd: sd['hypers'][1].update(sqr_mom=1.), r'sqr_mom must be in \[0, 1\), got 1.0')])
+@each_path
+def test_what_is_wrong_with_a_checkpoint_is_named(path, change, says):
+    ps, opt = make(NAdam, path)
+    sd, before = deepcopy(opt.state_dict()), snapshot(ps, opt)
+    change(sd)
+    with pytest.raises(ValueError, match=says): opt.load_state_dict(sd)
+    assert same(before, snapshot(ps, opt))
+
+@fuzz(50, seed=seeds, data=st.data())
+def test_broken_torch_optimizers(seed, data):
+    torch.manual_seed(seed)
+    ps = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4))]
+    torch_opt = torch.optim.NAdam(ps)
+    set_grads(ps, 0)
+    torch_opt.step()
+    state = torch_opt.state[data.draw(st.sampled_from(ps))]
+    k = data.draw(st.sampled_from(sorted(state)))
+    if data.draw(st.booleans()): del state[k]
+    else: state[k] = data.draw(st.one_of(junk, tensors))
+    try: opt = from_torch(torch_opt)
+    except (TypeError, ValueError): return
+    set_grads(ps, 1)
+    opt.step()
+
+# Files
+
+def test_no_untrusted_pickle_is_read():
+    "Every `torch.load` of the package is in torch's safe mode, and nothing else unpickles"
+    for f in (Path(__file__).parent.parent/'fastai_nadam').glob('*.py'):
+        tree = ast.parse(f.read_text(encoding='utf-8'))
+        for o in ast.walk(tree):
+            if not isinstance(o, ast.Call): continue
+            name, where = ast.unparse(o.func), f'{f.name}:{o.lineno}: {ast.unparse(o)}'
+            if name == 'torch.load': assert any(k.arg == 'weights_only' and ast.unparse(k.value) == 'True' for k in o.keywords), where
+            assert not re.search(r'(pickle|dill|joblib)\.(load|loads|Unpickler)$|\bload_learner$|\bload_model$', name), where

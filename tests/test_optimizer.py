@@ -1,0 +1,351 @@
+"The contracts of the factories, of hypers and of state, on every path"
+import io, random
+from collections import defaultdict
+from copy import deepcopy
+from functools import partial
+
+import numpy as np, pytest, torch
+from fastai.callback.schedule import ParamScheduler, SchedLin, fit_one_cycle
+from fastai.learner import Learner
+from fastai.losses import MSELossFlat
+from fastai.optimizer import SGD, Adam, Lookahead, RAdam
+from fastai.test_utils import RegModel, synth_dbunch
+from fastcore.foundation import L
+from torch import nn
+from fastai_nadam import DozatNAdam, NAdam
+from paths import each_path, on_path
+
+def model(): return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1))
+
+def groups(m): return [list(m[0].parameters()), list(m[1].parameters()), list(m[2].parameters())]
+
+def train(m, opt, n=3):
+    for _ in range(n):
+        m(torch.randn(8, 4)).pow(2).mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+def values(m): return [p.detach().clone() for p in m.parameters()]
+
+def snapshot(opt):
+    "All that a refused call must leave as it was"
+    return deepcopy((dict(enumerate(opt.state[p] for pg in opt.param_lists for p in pg)), [dict(h) for h in opt.hypers],
+        [p.detach() for pg in opt.param_lists for p in pg], [p.grad for pg in opt.param_lists for p in pg if p.grad is not None and not p.grad.is_sparse]))
+
+def assert_unchanged(before, opt):
+    for a,b in zip(before, snapshot(opt), strict=True): torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+both = pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam])
+
+# hypers
+
+@both
+@pytest.mark.parametrize('k,v', [('mom', 1.0), ('mom', -1e-08), ('sqr_mom', 1.5), ('sqr_mom', float('nan')), ('lr', -0.1), ('eps', -1e-08),
+    ('wd', -2.0), ('lr', float('inf')), ('lr', 'big')])
+def test_bad_hypers(opt_func, k, v):
+    m = model()
+    with pytest.raises(ValueError, match=k) as e: opt_func(m.parameters(), **{'lr': 0.1, k: v})
+    assert repr(v) in str(e.value)
+
+def test_bad_mom_decay():
+    with pytest.raises(ValueError, match='mom_decay.*-1.0'): DozatNAdam(model().parameters(), 0.1, mom_decay=-1)
+    opt = DozatNAdam(model().parameters(), 0.1, mom_decay=None)
+    assert opt.hypers[0]['mom_decay'] == float('inf')
+
+@each_path
+def test_set_hypers_sets_all_or_none(path):
+    m = model()
+    opt = on_path(NAdam, groups(m), path, lr=0.1)
+    train(m, opt)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match='sqr_mom.*1.0'): opt.set_hypers(lr=0.5, sqr_mom=[0.9, 1.0, 0.9])
+    with pytest.raises(AssertionError): opt.set_hypers(wd=0.3, lr=[1, 2])
+    assert_unchanged(before, opt)
+
+def test_set_hypers_forms():
+    opt = NAdam(groups(model()), slice(1e-4, 1e-2))
+    assert list(opt.hypers.itemgot('lr')) == pytest.approx([1e-4, 1e-3, 1e-2])
+    opt.set_hypers(lr=slice(1.), wd=[0, np.float64(0.1), torch.tensor(0.5)], mom=np.float32(0.5))
+    assert list(opt.hypers.itemgot('lr')) == [0.1, 0.1, 1.] and list(opt.hypers.itemgot('mom')) == [0.5]*3 and list(opt.hypers.itemgot('wd')) == [0, 0.1, 0.5]
+    assert all(type(v) is float for h in opt.hypers for v in h.values())
+
+@each_path
+@pytest.mark.parametrize('wrap', [lambda o: o, Lookahead])
+def test_step_refuses_bad_hypers(path, wrap):
+    "Also those that were written past `set_hypers`, as Lookahead does"
+    m = model()
+    inner = on_path(NAdam, groups(m), path, lr=0.1)
+    opt = wrap(inner)
+    train(m, opt)
+    for p in m.parameters(): p.grad = torch.ones_like(p)
+    inner.hypers[1]['mom'] = np.float64(1)
+    before = snapshot(inner)
+    with pytest.raises(ValueError, match='mom.*1.0'): opt.step()
+    assert_unchanged(before, inner)
+    inner.hypers[1]['mom'] = np.float64(0.9)
+    opt.step()
+
+@both
+@each_path
+def test_all_hypers_can_be_scheduled(path, opt_func):
+    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=partial(opt_func, **path), lr=0.01)
+    hypers = {k: SchedLin(*v) for k,v in dict(lr=(0.1, 0.01), mom=(0.5, 0.9), sqr_mom=(0.8, 0.99), eps=(1e-5, 1e-8), wd=(0.1, 0.)).items()}
+    if opt_func is DozatNAdam: hypers['mom_decay'] = SchedLin(1, 0.004)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=ParamScheduler(hypers))
+    n = len(learn.dls.train)
+    for k,f in hypers.items(): assert learn.opt.hypers[0][k] == pytest.approx(f((n-1)/n))
+    mom = np.prod([hypers['mom'](i/n) for i in range(n)])
+    if opt_func is NAdam: assert learn.opt.state[learn.model.a]['mom_prod'] == pytest.approx(mom)
+
+# parameters and gradients
+
+@pytest.mark.parametrize('params,error,says', [([], ValueError, 'empty'), ([[], []], ValueError, 'empty'), (iter([]), ValueError, 'empty'),
+    (dict(model().named_parameters()).items(), TypeError, 'model.parameters'), (list(model().named_parameters()), TypeError, 'model.parameters'),
+    ([{'params': list(model().parameters())}], TypeError, 'model.parameters'), ({'params': []}, TypeError, 'dict'), (model(), TypeError, 'model.parameters'),
+    (None, TypeError, 'NoneType'), ([1.], TypeError, 'float'), ([torch.zeros(2), [torch.zeros(2)]], TypeError, 'list'),
+    ([torch.zeros(2, 3, dtype=torch.complex64)], ValueError, r'complex.*\(2, 3\)')])
+@both
+def test_bad_params(opt_func, params, error, says):
+    with pytest.raises(error, match=says): opt_func(params, 0.1)
+
+def test_same_parameter_twice():
+    p = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match='twice'): NAdam([[p], [p]], 0.1)
+
+def test_forms_of_params():
+    m = model()
+    n = lambda ps: [len(pg) for pg in NAdam(ps, 0.1).param_lists]
+    assert n(m.parameters()) == n(L(m.parameters())) == n(list(m.parameters())) == [6]
+    assert n(groups(m)) == n(L(L(o) for o in groups(m))) == n(map(tuple, groups(m))) == n([o.parameters() for o in m]) == [2, 2, 2]
+    assert n(m[0].weight) == [1] and n([[m[0].weight], []]) == [1, 0]
+
+@each_path
+@both
+def test_sparse_gradient(path, opt_func):
+    dense, emb = nn.Linear(3, 2), nn.Embedding(10, 3, sparse=True)
+    opt = on_path(opt_func, [*dense.parameters(), *emb.parameters()], path, lr=0.1, wd=0.1)
+    for p in dense.parameters(): p.grad = torch.ones_like(p)
+    opt.step()
+    emb(torch.tensor([1, 2])).sum().backward()
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=r'sparse.*\(10, 3\).*torch.sparse_coo'): opt.step()
+    assert_unchanged(before, opt)
+
+@each_path
+def test_closure(path):
+    with pytest.raises(NotImplementedError): on_path(NAdam, model().parameters(), path, lr=0.1).step(lambda: 0)
+
+@each_path
+def test_changed_shape(path):
+    p, q = (nn.Parameter(torch.randn(3)) for _ in range(2))
+    opt = on_path(NAdam, [p, q], path, lr=0.1)
+    for o in (p, q): o.grad = torch.ones(3)
+    opt.step()
+    q.data, q.grad = torch.randn(4), None
+    q.grad = torch.ones(4)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=r'\(4,\).*grad_avg.*\(3,\).*clear_state'): opt.step()
+    assert_unchanged(before, opt)
+    opt.clear_state()
+    opt.step()
+
+# freezing and weight decay
+
+@each_path
+@both
+@pytest.mark.parametrize('wrap', [lambda o: o, partial(Lookahead, k=2)])
+def test_frozen_does_not_move(path, opt_func, wrap):
+    m = model()
+    opt = wrap(on_path(opt_func, groups(m), path, lr=0.1, wd=0.1))
+    train(m, opt)
+    opt.freeze()
+    opt.clear_state()  # as Learner.freeze does; Lookahead's slow weights begin anew
+    before = values(m)
+    train(m, opt)
+    moved = [not torch.equal(a, b) for a,b in zip(before, values(m))]
+    assert moved == [False]*4 + [True]*2
+    assert m[0].weight.grad is not None  # the trap: its gradient is still there
+    opt.unfreeze()
+    train(m, opt)
+    assert all(not torch.equal(a, b) for a,b in zip(before, values(m)))
+
+@each_path
+def test_plain_tensor_steps(path):
+    p = torch.randn(3)
+    before, p.grad = p.clone(), torch.ones(3)
+    on_path(NAdam, [p], path, lr=0.1).step()
+    assert not torch.equal(before, p)
+
+@each_path
+def test_force_train(path):
+    m = model()
+    opt = on_path(NAdam, groups(m), path, lr=0.1, wd=0.1)
+    for p in m[1].parameters(): opt.state[p]['force_train'] = True
+    opt.freeze()
+    before = values(m)
+    train(m, opt)
+    assert [not torch.equal(a, b) for a,b in zip(before, values(m))] == [False]*2 + [True]*4
+    opt.clear_state()
+    assert all(opt.state[p] == {'force_train': True} for p in m[1].parameters())
+
+@each_path
+@pytest.mark.parametrize('decouple_wd', [True, False])
+def test_do_wd(path, decouple_wd):
+    "Without it there is no decay, decoupled or L2, also when it changes on the way; L2 stands in the gradient, as in fastai"
+    p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    opt = on_path(NAdam, [p, q], path, lr=0.1, wd=0.5, decouple_wd=decouple_wd)
+    opt.state[p]['do_wd'] = False
+    for i in range(8):
+        if i == 4: opt.state[p]['do_wd'], opt.state[q]['do_wd'] = True, False
+        a, b = (o.detach().clone() for o in (p, q))
+        p.grad, q.grad = torch.zeros(4), torch.zeros(4)
+        opt.step()
+        exempt, decayed = ((p, q), (q, p))[i >= 4]
+        assert not exempt.grad.any()
+        if decouple_wd:
+            torch.testing.assert_close(decayed.detach(), (b, a)[i >= 4]*(1-0.1*0.5))
+            if i < 4: assert torch.equal(p, a)
+        else: torch.testing.assert_close(decayed.grad, 0.5*(b, a)[i >= 4])
+
+def test_learner_sets_do_wd_and_force_train():
+    m = model()
+    dls = synth_dbunch()
+    learn = Learner(dls, m, loss_func=MSELossFlat(), opt_func=NAdam, splitter=groups)
+    learn.freeze()
+    assert [opt_p.get('do_wd', True) for opt_p in map(learn.opt.state.get, m.parameters())] == [True, False, False, False, True, False]
+    assert [p.requires_grad for p in m.parameters()] == [False, False, True, True, True, True]
+
+# saving and loading
+
+@each_path
+@both
+def test_resumes_exactly(path, opt_func):
+    m = model()
+    opt = on_path(opt_func, groups(m), path, lr=0.1, wd=0.1)
+    opt.state[m[0].bias]['do_wd'] = False
+    train(m, opt)
+    opt.set_hypers(mom=np.float64(0.8), lr=slice(np.float64(0.01), 0.1))
+    buf = io.BytesIO()
+    torch.save(opt.state_dict(), buf)
+    buf.seek(0)
+    sd = torch.load(buf, weights_only=True)
+    m2 = deepcopy(m)
+    opt2 = on_path(opt_func, groups(m2), path, lr=9., wd=0.)
+    opt2.load_state_dict(sd)
+    assert isinstance(opt2.state, defaultdict) and isinstance(opt2.hypers, L)
+    for x,o in ((m, opt), (m2, opt2)):
+        torch.manual_seed(0)
+        train(x, o)
+    for a,b in zip(values(m), values(m2)): assert torch.equal(a, b)
+
+def test_loading_copies():
+    m = model()
+    opt = NAdam(m.parameters(), 0.1)
+    train(m, opt)
+    sd = opt.state_dict()
+    kept = deepcopy(sd)
+    opt2 = NAdam(m.parameters(), 0.1)
+    opt2.load_state_dict(sd)
+    train(m, opt2)
+    torch.testing.assert_close(sd['state'], kept['state'], rtol=0, atol=0)
+    assert sd['hypers'] == kept['hypers']
+
+@pytest.mark.parametrize('wrap', [lambda o: o, Lookahead])
+def test_state_dict_is_plain_after_one_cycle(wrap):
+    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=lambda ps, lr: wrap(NAdam(ps, lr=lr)), lr=0.01)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
+    def check(o):
+        assert type(o) in (dict, list, float, int, bool, torch.Tensor), type(o)
+        for x in (o.values() if type(o) is dict else o if type(o) is list else ()): check(x)
+    sd = learn.opt.state_dict()
+    sd.pop('slow_weights', None)  # Lookahead's own
+    check(sd)
+
+@each_path
+@pytest.mark.parametrize('source', [Adam, RAdam])
+@both
+def test_loads_fastai_checkpoints(path, opt_func, source):
+    "The running products are taken as powers, hypers that are missing stay, and flags come along"
+    m = model()
+    other = source(groups(m), 0.1, mom=0.8, sqr_mom=0.95)
+    other.state[m[0].bias]['do_wd'] = False
+    train(m, other, 4)
+    sd = other.state_dict()
+    for h in sd['hypers']: h.pop('wd')
+    opt = on_path(opt_func, groups(m), path, lr=9., wd=0.3)
+    opt.load_state_dict(sd)
+    s, h = opt.state[m[0].bias], opt.hypers[0]
+    assert h['lr'] == 0.1 and h['mom'] == 0.8 and h['wd'] == 0.3 and s['do_wd'] is False and s['step'] == 4
+    assert s['sqr_mom_prod'] == pytest.approx(0.95**4)
+    mu = np.prod([0.8*(1 - 0.5*0.96**(t*0.004)) for t in range(1, 5)])
+    assert s['mom_prod' if opt_func is NAdam else 'mu_prod'] == pytest.approx(0.8**4 if opt_func is NAdam else mu)
+    torch.testing.assert_close(s['grad_avg'], other.state[m[0].bias]['grad_avg'])
+    train(m, opt)
+
+def test_fastai_adam_loads_ours():
+    m = model()
+    opt = NAdam(m.parameters(), 0.1)
+    train(m, opt)
+    adam = Adam(m.parameters(), 0.1)
+    adam.load_state_dict(deepcopy(opt.state_dict()))
+    train(m, adam)
+
+@both
+def test_a_step_beyond_counting_loads_at_once(opt_func):
+    p = nn.Parameter(torch.randn(2))
+    for psi in ((4e-3, 0., 1e-9, 0.02, 3., None) if opt_func is DozatNAdam else (None,)):
+        opt = opt_func([p], 0.1, **(dict(mom_decay=psi) if opt_func is DozatNAdam else {}))
+        opt.load_state_dict(dict(hypers=[dict(mom=1-1e-12)], state=[dict(grad_avg=torch.ones(2), sqr_avg=torch.ones(2), step=10**15)]))
+        assert opt.state[p]['mom_prod' if opt_func is NAdam else 'mu_prod'] == 0
+
+def test_from_one_rule_to_the_other():
+    m = model()
+    a, b = NAdam(m.parameters(), 0.1), DozatNAdam(m.parameters(), 0.1)
+    train(m, a)
+    b.load_state_dict(a.state_dict())
+    s = b.state[m[0].weight]
+    assert 'mom_prod' not in s and s['mu_prod'] == pytest.approx(np.prod([0.9*(1 - 0.5*0.96**(t*0.004)) for t in range(1, 4)]))
+
+def test_loading_casts_to_the_parameters():
+    m = model()
+    opt = NAdam(m.parameters(), 0.1)
+    train(m, opt)
+    m2 = deepcopy(m).double()
+    opt2 = NAdam(m2.parameters(), 0.1)
+    opt2.load_state_dict(opt.state_dict())
+    assert all(opt2.state[p]['grad_avg'].dtype == torch.float64 for p in m2.parameters())
+    half = opt2.state_dict()
+    half['state'] = [{k: v.half() if torch.is_tensor(v) else v for k,v in s.items()} for s in half['state']]
+    opt.load_state_dict(half)
+    assert all(opt.state[p]['sqr_avg'].dtype == torch.float32 for p in m.parameters())
+
+def broken(sd, i, **kwargs):
+    sd = deepcopy(sd)
+    for k,v in kwargs.items():
+        if v is None: del sd['state'][i][k]
+        else: sd['state'][i][k] = v
+    return sd
+
+@each_path
+@both
+def test_refused_checkpoints(path, opt_func):
+    m = model()
+    opt = on_path(opt_func, groups(m), path, lr=0.1)
+    train(m, opt)
+    sd, before = opt.state_dict(), snapshot(opt)
+    cases = [({}, 'hypers'), ([], 'list'), (dict(sd, state=sd['state'][:-1]), '5 parameters.*6'), (dict(sd, hypers=sd['hypers'][:2]), '2 parameter groups.*3'),
+        (dict(sd, state={0: 1}), 'state'), (broken(sd, 2, grad_avg=torch.zeros(9)), r'parameter 2.*\(6,\).*grad_avg.*\(9,\)'),
+        (broken(sd, 5, sqr_avg=None), 'parameter 5.*sqr_avg'), (broken(sd, 5, step=None), 'parameter 5.*step'), (broken(sd, 1, step=-1), 'step.*-1'),
+        (broken(sd, 1, step=2.5), 'step.*2.5'), (broken(sd, 1, step='x'), 'step.*x'), (broken(sd, 1, step=float('inf')), 'step.*inf'), (broken(sd, 1, step=torch.ones(2)), 'step'),
+        (broken(sd, 1, sqr_mom_prod='y'), 'sqr_mom_prod.*y'), (broken(sd, 1, step=10**400), 'step'), (broken(sd, 0, grad_avg=torch.zeros(6, 4).int()), 'parameter 0.*int32'),
+        (broken(sd, 0, sqr_avg=3.), 'parameter 0.*sqr_avg'), (broken(sd, 0, sqr_mom_prod=7.), 'sqr_mom_prod.*7.0'),
+        (dict(sd, hypers=[dict(h, mom=1.) for h in sd['hypers']]), 'mom.*1.0'), (torch.optim.NAdam(m.parameters()).state_dict(), 'param_groups')]
+    for bad,says in cases:
+        with pytest.raises(ValueError, match=says): opt.load_state_dict(bad)
+        assert_unchanged(before, opt)
+
+def test_loading_sgd_says_what_is_missing():
+    m = model()
+    sgd = SGD(m.parameters(), 0.1, mom=0.9)
+    train(m, sgd)
+    with pytest.raises(ValueError, match=r"missing \['sqr_avg', 'step'\]"): NAdam(m.parameters(), 0.1).load_state_dict(sgd.state_dict())

@@ -1,0 +1,192 @@
+"The steps are those of the article, of PyTorch, timm and fastai, and of the formulas that Keras and optax publish"
+import math
+from functools import partial
+
+import pytest, timm.optim, torch
+from fastai.callback.schedule import combined_cos
+from fastai.optimizer import Adam, Optimizer, average_grad, average_sqr_grad, step_stat, weight_decay
+from torch import nn
+from fastai_nadam import DozatNAdam, NAdam
+from fastai_nadam.steppers import dozat_step, nadam_step
+from paths import each_path, on_path
+
+shapes = [(4, 3), (7,), (), (1,), (2, 3, 1, 5), (0, 2), (300, 11)]
+
+def params(dtype=torch.float32): return [nn.Parameter(torch.randn(s, dtype=dtype)) for s in shapes]
+
+def copies(ps, dtype=None): return [nn.Parameter(p.detach().to(dtype or p.dtype, copy=True)) for p in ps]
+
+def train(opt, ps, grads, before=None):
+    for i,gs in enumerate(grads):
+        for p,g in zip(ps, gs): p.grad = g.to(p.dtype, copy=True)
+        if before: before(opt, i)
+        opt.step()
+
+def grads_for(ps, n=50): return [[torch.randn_like(p) * 10**torch.empty(()).uniform_(-3, 1) for p in ps] for _ in range(n)]
+
+def assert_close(ps, qs, tol=1e-5):
+    for p,q in zip(ps, qs, strict=True): torch.testing.assert_close(p.detach().double(), q.detach().double(), rtol=tol, atol=tol)
+
+article = [dict(p=[-0.9099998100, 0.0800001900, 1.0700001900], grad_avg=0.01, sqr_avg=0.0001),
+    dict(p=[-2.3272154587, -1.3471154587, -0.3670154587], grad_avg=0.019, sqr_avg=0.000199)]
+
+def check_article(opt, p):
+    for want in article:
+        opt.step()
+        torch.testing.assert_close(p.detach(), torch.tensor(want['p']), rtol=0, atol=1e-6)
+        for k in ('grad_avg', 'sqr_avg'): torch.testing.assert_close(opt.state[p][k], torch.full((3,), want[k]), rtol=1e-6, atol=1e-9)
+
+def example():
+    p = torch.tensor([1., 2., 3.])
+    p.grad = torch.full((3,), 0.1)
+    return p
+
+@each_path
+def test_worked_example(path):
+    p = example()
+    check_article(on_path(NAdam, [p], path, lr=1.), p)
+
+def test_worked_example_as_steppers():
+    p = example()
+    cbs = [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, nadam_step]
+    check_article(Optimizer([p], cbs, lr=1., mom=0.9, sqr_mom=0.99, wd=0.01), p)
+
+@each_path
+@pytest.mark.parametrize('wd,decouple_wd', [(0., True), (0.1, True), (0.1, False)])
+def test_torch_nadam(path, wd, decouple_wd):
+    ps = params()
+    qs, grads = copies(ps), grads_for(ps)
+    train(on_path(DozatNAdam, ps, path, lr=0.01, wd=wd, decouple_wd=decouple_wd), ps, grads)
+    train(torch.optim.NAdam(qs, lr=0.01, weight_decay=wd, decoupled_weight_decay=decouple_wd), qs, grads)
+    assert_close(ps, qs)
+
+@each_path
+def test_timm_nadamw(path):
+    ps = params()
+    qs, grads = copies(ps), grads_for(ps)
+    train(on_path(NAdam, ps, path, lr=0.01, sqr_mom=0.999, wd=0.05), ps, grads)
+    train(timm.optim.NAdamW(qs, lr=0.01, betas=(0.9, 0.999), weight_decay=0.05), qs, grads)
+    assert_close(ps, qs)
+
+def keras_nadam(p, grads, lr, b1, b2, eps):
+    "Nadam.update_step of Keras 3, in float64"
+    m, v, u_prod = torch.zeros_like(p), torch.zeros_like(p), 1.
+    for t,g in enumerate(grads, 1):
+        u, u_next = b1*(1 - 0.5*0.96**t), b1*(1 - 0.5*0.96**(t+1))
+        u_prod *= u
+        m, v = m + (g-m)*(1-b1), v + (g*g-v)*(1-b2)
+        m_hat = u_next*m/(1 - u_prod*u_next) + (1-u)*g/(1-u_prod)
+        p = p - m_hat*lr/((v/(1-b2**t)).sqrt() + eps)
+    return p
+
+def optax_nadam(p, grads, lr, b1, b2, eps):
+    "optax.nadam, which is scale_by_adam(nesterov=True), in float64"
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t,g in enumerate(grads, 1):
+        m, v = b1*m + (1-b1)*g, b2*v + (1-b2)*g*g
+        m_hat = b1*m/(1-b1**(t+1)) + (1-b1)*g/(1-b1**t)
+        p = p - lr*m_hat/((v/(1-b2**t)).sqrt() + eps)
+    return p
+
+@each_path
+@pytest.mark.parametrize('ref,mom_decay,eps', [(keras_nadam, 1, 1e-7), (optax_nadam, None, 1e-8)])
+def test_keras_and_optax(path, ref, mom_decay, eps):
+    ps = params()
+    grads = grads_for(ps)
+    want = [ref(p.detach().double(), [gs[i].double() for gs in grads], 0.01, 0.9, 0.999, eps) for i,p in enumerate(ps)]
+    train(on_path(DozatNAdam, ps, path, lr=0.01, mom_decay=mom_decay, eps=eps), ps, grads)
+    assert_close(ps, want)
+
+@each_path
+@pytest.mark.parametrize('decouple_wd', [True, False])
+def test_without_nesterov_is_adam(path, decouple_wd):
+    ps = params()
+    qs, rs, grads = copies(ps), copies(ps), grads_for(ps)
+    train(on_path(NAdam, ps, path, lr=0.01, eps=1e-5, wd=0.1, decouple_wd=decouple_wd, nesterov=False), ps, grads)
+    train(Adam(qs, lr=0.01, wd=0.1, decouple_wd=decouple_wd), qs, grads)
+    torchs = torch.optim.AdamW if decouple_wd else torch.optim.Adam
+    train(torchs(rs, lr=0.01, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.1), rs, grads)
+    assert_close(ps, qs)
+    assert_close(ps, rs)
+
+def reference(p, grads, hypers, rule, wd, l2=False):
+    "The family's update in float64, with running products; `hypers` has lr, mom, sqr_mom for each step"
+    m, v, P, M, V = torch.zeros_like(p), torch.zeros_like(p), 1., 1., 1.
+    for t,(g,(lr,b,b2)) in enumerate(zip(grads, hypers), 1):
+        if l2: g = g + wd*p
+        else: p = p*(1 - lr*wd)
+        m, v = b*m + (1-b)*g, b2*v + (1-b2)*g*g
+        P, V = P*b, V*b2
+        mu, mu1 = b*(1 - 0.5*0.96**(t*0.004)), b*(1 - 0.5*0.96**((t+1)*0.004))
+        M *= mu
+        x, y = {'ruder': (b/(1-P), (1-b)/(1-P)), 'adam': (1/(1-P), 0.), 'dozat': (mu1/(1-M*mu1), (1-mu)/(1-M))}[rule]
+        p = p - lr*(x*m + y*g)/((v/(1-V)).sqrt() + 1e-8)
+    return p
+
+@each_path
+@pytest.mark.parametrize('rule', ['ruder', 'adam', 'dozat'])
+@pytest.mark.parametrize('decouple_wd', [True, False])
+@pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_any_schedule(path, rule, decouple_wd, dtype, tol):
+    "lr, mom and sqr_mom change at every step, over the whole range that they may have"
+    ps, n = params(torch.float64), 30
+    grads = grads_for(ps, n)
+    moms = combined_cos(0.3, 0.95, 0.2, 0.99)
+    hypers = [(0.01*(1+i%3), moms(i/n), 0.8+0.19*i/n) for i in range(n)]
+    want = [reference(p.detach(), [gs[i] for gs in grads], hypers, rule, 0.1, not decouple_wd) for i,p in enumerate(ps)]
+    f = {'ruder': NAdam, 'adam': partial(NAdam, nesterov=False), 'dozat': DozatNAdam}[rule]
+    ps = copies(ps, dtype)
+    opt = on_path(f, ps, path, lr=1., wd=0.1, decouple_wd=decouple_wd)
+    train(opt, ps, grads, lambda opt,i: opt.set_hypers(**dict(zip(('lr', 'mom', 'sqr_mom'), hypers[i]))))
+    assert_close(ps, want, tol)
+
+@each_path
+def test_debiased_averages_of_a_constant_gradient_are_the_gradient(path):
+    "m/(1−P) and v/(1−V) from the state, at random momenta; m/(1−mom**step) is checked to be wrong, so that this can fail"
+    p = nn.Parameter(torch.randn(5, dtype=torch.float64))
+    g = torch.randn(5, dtype=torch.float64)
+    opt, power = on_path(NAdam, [p], path, lr=0.1), []
+    for _ in range(20):
+        mom, sqr_mom = torch.rand(2).tolist()
+        opt.set_hypers(mom=mom, sqr_mom=sqr_mom)
+        p.grad = g.clone()
+        opt.step()
+        s = opt.state[p]
+        torch.testing.assert_close(s['grad_avg']/(1-s['mom_prod']), g, rtol=1e-9, atol=0)
+        torch.testing.assert_close(s['sqr_avg']/(1-s['sqr_mom_prod']), g*g, rtol=1e-9, atol=0)
+        power.append((s['grad_avg']/(1-mom**s['step'])/g).mean().item())
+    assert max(abs(o-1) for o in power) > 0.01
+
+def test_steppers_in_a_plain_optimizer_follow_schedules_too():
+    for step,rule,kw in ((nadam_step, 'ruder', {}), (dozat_step, 'dozat', dict(mom_decay=4e-3))):
+        p = nn.Parameter(torch.randn(4, dtype=torch.float64))
+        grads = [[torch.randn(4, dtype=torch.float64)] for _ in range(20)]
+        hypers = [(0.1, *(torch.rand(2)*0.98).tolist()) for _ in range(20)]
+        want = reference(p.detach(), [g for g, in grads], hypers, rule, 0.1)
+        opt = Optimizer([p], [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, step], lr=1., wd=0.1, **kw)
+        train(opt, [p], grads, lambda opt,i: opt.set_hypers(**dict(zip(('lr', 'mom', 'sqr_mom'), hypers[i]))))
+        assert_close([p], [want], 1e-10)
+
+@pytest.mark.parametrize('mom', [0., 1e-6, 0.1, 0.999999])
+@pytest.mark.parametrize('sqr_mom', [0., 0.5, 0.999999])
+@pytest.mark.parametrize('f,rule', [(NAdam, 'ruder'), (DozatNAdam, 'dozat')])
+@each_path
+def test_ends_of_the_range(path, f, rule, mom, sqr_mom):
+    p = nn.Parameter(torch.randn(50, dtype=torch.float64))
+    grads = [[torch.randn(50, dtype=torch.float64)] for _ in range(10)]
+    want = reference(p.detach(), [g for g, in grads], [(0.1, mom, sqr_mom)]*10, rule, 0.)
+    train(on_path(f, [p], path, lr=0.1, mom=mom, sqr_mom=sqr_mom, wd=0.), [p], grads)
+    assert_close([p], [want], 1e-7)
+
+@each_path
+def test_after_very_many_steps(path):
+    "The products are 0 by then, and the correction is over"
+    p = nn.Parameter(torch.randn(3))
+    opt = on_path(NAdam, [p], path, lr=0.1, wd=0.)
+    sd = opt.state_dict()
+    sd['state'][0] = dict(grad_avg=torch.ones(3), sqr_avg=torch.ones(3), step=10**6)
+    opt.load_state_dict(sd)
+    assert opt.state[p]['sqr_mom_prod'] == opt.state[p]['mom_prod'] == 0
+    before, p.grad = p.detach().clone(), torch.ones(3)
+    opt.step()
+    torch.testing.assert_close(before - p.detach(), torch.full((3,), 0.1))

@@ -1,0 +1,307 @@
+"Every path gives the same parameters and the same state as the steppers, whatever happens between two steps"
+import gc, io, pickle, random
+from copy import deepcopy
+from functools import partial
+from weakref import ref
+
+import pytest, torch
+from fastai.optimizer import Adam, Lookahead
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch import nn
+from fastai_nadam import DozatNAdam, NAdam
+from fastai_nadam.multi_tensor import cut_blocks, fused_step, pick_path, raw_tensors
+from paths import on_path
+
+loop = dict(foreach=False, fused=False)
+fast_paths = pytest.mark.parametrize('path', [dict(), dict(foreach=True)], ids=['fused', 'foreach'])
+tols = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+def gaps(p): return p.repeat_interleave(2, -1)[..., ::2] if p.ndim else p
+layouts = dict(plain=lambda p: p, transposed=lambda p: p.mT.contiguous().mT if p.ndim > 1 else p, gaps=gaps,
+    channels_last=lambda p: p.to(memory_format=torch.channels_last) if p.ndim == 4 else p,
+    expanded=lambda p: p[:1].expand(p.shape) if p.ndim and len(p) else p)
+
+def make_params(specs):
+    "Parameters of the given (shape, dtype, layout)"
+    ps = [nn.Parameter(layouts[layout](torch.randn(shape).to(dtype))) for shape,dtype,layout in specs if layout != 'expanded']
+    assert all(p.is_leaf for p in ps)
+    return ps
+
+def copies(ps):
+    res = []
+    for p in ps:
+        q = nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype))
+        q.data.copy_(p.data)
+        res.append(q)
+    return res
+
+def set_grads(ps, qs, grad_layout='plain', skip=()):
+    for i,(p,q) in enumerate(zip(ps, qs)):
+        g = layouts[grad_layout](torch.randn(p.shape).to(p.dtype))
+        p.grad, q.grad = (None, None) if i in skip else (g.clone(), g.clone(memory_format=torch.preserve_format))
+        if i not in skip and grad_layout == 'expanded': p.grad = g
+        if i not in skip and grad_layout == 'gaps' and g.ndim: p.grad = gaps(g)
+
+def assert_same(opt, ref, ps, qs, tol=None):
+    for p,q in zip(ps, qs, strict=True):
+        eps = dict(rtol=tol or tols[p.dtype], atol=tol or tols[p.dtype])
+        torch.testing.assert_close(p.detach(), q.detach(), **eps)
+        s, s2 = opt.state[p], ref.state[q]
+        assert s.keys() == s2.keys()
+        for k,v in s.items():
+            if torch.is_tensor(v):
+                assert v.dtype == p.dtype and v.device == p.device
+                torch.testing.assert_close(v, s2[k], **eps)
+            else: assert v == pytest.approx(s2[k], rel=1e-12)
+
+specs = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=4).map(tuple), st.sampled_from(list(tols)),
+    st.sampled_from(['plain', 'plain', 'transposed', 'gaps', 'channels_last'])), min_size=1, max_size=6)
+
+@fast_paths
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(specs=specs, opt_func=st.sampled_from([NAdam, DozatNAdam, partial(NAdam, nesterov=False)]), decouple_wd=st.booleans(),
+    wds=st.tuples(*[st.sampled_from([0., 0.1])]*2), split=st.integers(0, 6), grad_layout=st.sampled_from(list(layouts)), seed=st.integers(0, 2**32))
+def test_any_tensors(path, specs, opt_func, decouple_wd, wds, split, grad_layout, seed):
+    "50 steps of random gradients on random tensors in two groups, schedules, parameters that skip steps, do_wd here and there"
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    ps = make_params(specs)
+    qs = copies(ps)
+    split = min(split, len(ps))
+    def opt(ps, path): return opt_func([ps[:split], ps[split:]], 1e-2, wd=0., eps=1e-4, decouple_wd=decouple_wd, **path)
+    fast, slow = opt(ps, path), opt(qs, loop)
+    for o,xs in ((fast, ps), (slow, qs)):
+        o.set_hypers(wd=list(wds), lr=[1e-2, 1e-3])
+        for i,p in enumerate(xs):
+            if i%3 == 0: o.state[p]['do_wd'] = False
+    for t in range(50):
+        set_grads(ps, qs, grad_layout, skip={i for i in range(len(ps)) if rng.random() < 0.1})
+        for o in (fast, slow): o.set_hypers(mom=0.85+0.002*t, sqr_mom=0.9+0.001*t)
+        fast.step(); slow.step()
+        if not decouple_wd:
+            for p,q in zip(ps, qs):
+                if p.grad is not None: torch.testing.assert_close(p.grad, q.grad, rtol=tols[p.dtype], atol=tols[p.dtype])
+    assert_same(fast, slow, ps, qs)
+
+@pytest.fixture
+def two_threads():
+    n = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(n)
+
+@fast_paths
+@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam])
+@pytest.mark.parametrize('layout', ['plain', 'transposed', 'channels_last'])
+def test_large_tensors_are_cut(path, opt_func, layout, two_threads):
+    sizes = [(300, 1000), (3, 20, 100, 50), (1000,), (2**17,), (2**17+1,)]
+    ps = make_params([(s, torch.float32, layout) for s in sizes])
+    qs = copies(ps)
+    fast, slow = opt_func(ps, 1e-2, **path), opt_func(qs, 1e-2, **loop)
+    for _ in range(4):
+        set_grads(ps, qs, layout)
+        fast.step(); slow.step()
+    assert_same(fast, slow, ps, qs)
+
+@pytest.mark.parametrize('layout', ['gaps', 'transposed', 'channels_last'])
+def test_layouts_differ_from_plain(layout):
+    "The layouts above are what they say, so that the tests with them test something"
+    p, = make_params([((2, 3, 4, 5), torch.float32, layout)])
+    assert not p.is_contiguous() and (raw_tensors(p, p, p, p) is None) == (layout == 'gaps')
+
+def test_blocks_hold_every_element_once():
+    sizes = [(3,), (0,), (10, 10), (), (7, 1), (64,)]
+    ps = [torch.zeros(s) for s in sizes]
+    for size in (1, 5, 64, 1000):
+        blocks = cut_blocks(ps, ps, ps, ps, size)
+        assert all(sum(t.numel() for t in p) <= size for p,*_ in blocks)
+        for p,*_ in blocks:
+            for t in p: t.add_(1)
+    assert all((p == 4).all() for p in ps)
+    assert sum(t.numel() for p,*_ in blocks for t in p) == sum(p.numel() for p in ps)
+
+# What happens to an optimizer between two steps. Each takes and returns (optimizer, parameters).
+
+def toggle_do_wd(opt, ps):
+    opt.state[ps[0]]['do_wd'] = not opt.state[ps[0]].get('do_wd', True)
+    return opt, ps
+
+def freeze(opt, ps):
+    opt.state[ps[0]]['force_train'] = True
+    opt.freeze()
+    return opt, ps
+
+def unfreeze(opt, ps):
+    opt.unfreeze()
+    return opt, ps
+
+def clear_state(opt, ps):
+    opt.clear_state()
+    return opt, ps
+
+def load(opt, ps):
+    opt.load_state_dict(deepcopy(opt.state_dict()))
+    return opt, ps
+
+def load_older(opt, ps):
+    sd = deepcopy(opt.state_dict())
+    for p in ps: p.grad = torch.ones_like(p)
+    opt.step()
+    opt.load_state_dict(sd)
+    return opt, ps
+
+def new_hypers(opt, ps):
+    opt.set_hypers(lr=slice(1e-3, 1e-2), wd=[0.3, 0.], eps=1e-5)
+    return opt, ps
+
+def write_hypers(opt, ps):
+    opt.hypers[1]['lr'], opt.hypers[0]['mom'] = 0.05, 0.7
+    return opt, ps
+
+def new_data(opt, ps):
+    for p in ps: p.data = p.data*1.5
+    return opt, ps
+
+def other_layout(opt, ps):
+    ps[1].data = ps[1].data.mT.contiguous().mT
+    return opt, ps
+
+def transpose_in_place(opt, ps):
+    "The same memory read in another order: nothing but the strides tell"
+    ps[2].data = ps[2].data.mT
+    return opt, ps
+
+def new_dtype(opt, ps):
+    for p in ps[:2]: p.data, p.grad = p.data.double(), None
+    return opt, ps
+
+def copy(opt, ps):
+    opt = deepcopy(opt)
+    return opt, [p for pg in opt.param_lists for p in pg]
+
+def repickle(opt, ps):
+    opt = pickle.loads(pickle.dumps(opt))
+    return opt, [p for pg in opt.param_lists for p in pg]
+
+def retensor(opt, ps):
+    "What fastai's NonNativeMixedPrecision does: other parameters, with copies of the state"
+    old, opt.param_lists = opt.param_lists, [[nn.Parameter(p.detach().clone()) for p in pg] for pg in opt.param_lists]
+    for pg,pg2 in zip(old, opt.param_lists):
+        for p,p2 in zip(pg, pg2): opt.state[p2] = {k: deepcopy(v) for k,v in opt.state.pop(p, {}).items()}
+    return opt, [p for pg in opt.param_lists for p in pg]
+
+def replace_state(opt, ps):
+    opt.state[ps[1]] = {k: v.clone() if torch.is_tensor(v) else v for k,v in opt.state[ps[1]].items()}
+    return opt, ps
+
+def replace_average(opt, ps):
+    opt.state[ps[1]]['grad_avg'] = opt.state[ps[1]]['grad_avg']*2
+    return opt, ps
+
+def edit_step(opt, ps):
+    opt.state[ps[0]]['step'] += 3
+    opt.state[ps[1]]['mom_prod' if 'mom_prod' in opt.state[ps[1]] else 'mu_prod'] *= 0.5
+    return opt, ps
+
+def forget_products(opt, ps):
+    for p in ps[:2]:
+        for k in ('mom_prod', 'mu_prod', 'sqr_mom_prod'): opt.state[p].pop(k, None)
+    return opt, ps
+
+events = [o for o in (toggle_do_wd, freeze, unfreeze, clear_state, load, load_older, new_hypers, write_hypers, new_data, other_layout,
+    transpose_in_place, new_dtype, copy, repickle, retensor, replace_state, replace_average, edit_step, forget_products)]
+
+def steps(opt, ps, grads):
+    "A few steps of a training loop that zeroes its gradients in place, so that they stay the same tensors"
+    for gs in grads:
+        for p,g in zip(ps, gs):
+            if not p.requires_grad: continue
+            if p.grad is None: p.grad = torch.zeros_like(p)
+            p.grad.add_(g.to(p.dtype))
+        opt.step()
+        opt.zero_grad()
+
+def new_case(opt_func, path, ps): return opt_func([ps[:2], ps[2:]], 1e-2, wd=0.1, **path), ps
+
+@fast_paths
+@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam])
+@pytest.mark.parametrize('event', events, ids=lambda o: o.__name__)
+def test_notices(path, opt_func, event):
+    ps = make_params([(s, torch.float32, 'plain') for s in ((4, 3), (4, 4), (5, 5), (2,), (200, 700))])
+    cases = [new_case(opt_func, path, ps), new_case(opt_func, loop, copies(ps))]
+    for e in (None, event, unfreeze, random.choice(events)):
+        if e: cases = [e(*o) for o in cases]
+        grads = [[torch.randn(p.shape) for p in ps] for _ in range(4)]
+        for opt,xs in cases: steps(opt, xs, grads)
+    assert_same(cases[0][0], cases[1][0], cases[0][1], cases[1][1], tols[torch.float32])  # some began in float32
+
+@fast_paths
+def test_change_of_path(path):
+    "A run can change its path, in the same optimizer or through a checkpoint"
+    ps = make_params([((4, 3), torch.float32, 'plain'), ((6,), torch.float32, 'plain')])
+    qs = copies(ps)
+    a, b = NAdam(ps, 1e-2, **path), NAdam(qs, 1e-2, **loop)
+    for kw in (path, loop, path):
+        a.foreach, a.fused = kw.get('foreach'), kw.get('fused')
+        for o,xs in ((a, ps), (b, qs)): steps(o, xs, [[torch.ones(p.shape) for p in ps]]*3)
+        assert a._last.batches is None or {batch.path for batch in a._last.batches} == {pick_path('cpu', torch.float32, a.foreach, a.fused)}
+    assert_same(a, b, ps, qs)
+    c = NAdam(ps, 1., **loop)
+    c.load_state_dict(a.state_dict())
+    set_grads(ps, qs)
+    c.step(); b.step()
+    assert_same(c, b, ps, qs)
+
+def test_what_foreach_and_fused_mean():
+    f32 = torch.float32
+    assert pick_path('cpu', f32) is fused_step and pick_path('cpu', f32, None, True) is fused_step
+    assert pick_path('cpu', f32, False, False) is None
+    p = [nn.Parameter(torch.randn(2))]
+    assert [NAdam(p, 1., **o).path for o in (dict(), loop, dict(foreach=True), dict(fused=True))] == ['fused', 'steppers', 'foreach', 'fused']
+    for kw in (dict(fused=True), dict(foreach=True)):
+        with pytest.raises(ValueError, match='no such kernel for torch.int32 on cpu'): NAdam([torch.zeros(2, dtype=torch.int32)], 1., **kw)
+    with pytest.raises(ValueError, match='fused=True.*meta'): NAdam([torch.zeros(2, device='meta')], 1., fused=True)
+    with pytest.raises(ValueError, match="fused must be .* got 'yes'"): NAdam(p, 1., fused='yes')
+
+def test_without_the_kernel(monkeypatch):
+    "On a PyTorch that has no such kernel, the default is foreach, and fused=True an error"
+    from fastai_nadam import multi_tensor
+    monkeypatch.delattr(torch, '_fused_adamw_')
+    for f in (multi_tensor.pick_path, multi_tensor._has_fused): f.cache_clear()
+    try:
+        ps = make_params([((4, 3), torch.float32, 'plain')])
+        qs = copies(ps)
+        a, b = NAdam(ps, 1e-2), NAdam(qs, 1e-2, **loop)
+        assert a.path == 'foreach'
+        with pytest.raises(ValueError, match='fused=True'): NAdam(ps, 1., fused=True)
+        for _ in range(5):
+            set_grads(ps, qs)
+            a.step(); b.step()
+        assert_same(a, b, ps, qs)
+    finally:
+        for f in (multi_tensor.pick_path, multi_tensor._has_fused): f.cache_clear()
+
+def test_gradients_can_be_freed():
+    "A loop that sets its gradients to None gets their memory back at once"
+    p = nn.Parameter(torch.randn(1000, 1000))
+    opt = NAdam([p], 1e-3)
+    for _ in range(6):
+        p.grad = torch.ones(1000, 1000)
+        r = ref(p.grad)
+        opt.step()
+        p.grad = None
+        gc.collect()
+        assert r() is None
+
+@pytest.mark.parametrize('path', [dict(), dict(foreach=True), loop], ids=['fused', 'foreach', 'loop'])
+def test_zero_grad(path):
+    "In place, also gradients with a history, sparse ones, and those of frozen parameters"
+    ps = [nn.Parameter(torch.randn(3)) for _ in range(3)] + [nn.Embedding(4, 2, sparse=True).weight]
+    ps[0].grad = torch.ones(3)
+    ps[1].grad = torch.ones(3, requires_grad=True)*2
+    ps[3].grad = torch.sparse_coo_tensor([[1]], [[1., 2.]], (4, 2))
+    ps[0].requires_grad_(False)
+    g = [p.grad for p in ps]
+    NAdam(ps, 1., **path).zero_grad()
+    assert all(p.grad is o for p,o in zip(ps, g)) and ps[2].grad is None
+    assert not ps[0].grad.any() and not ps[1].grad.any() and ps[1].grad.grad_fn is None and not ps[3].grad.to_dense().any()
