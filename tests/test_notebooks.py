@@ -1,0 +1,26 @@
+"Every notebook runs from top to bottom, and shows the reader what it shows when it runs"
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.nbdev
+root = Path(__file__).parent.parent
+
+@pytest.fixture(scope='module')
+def project(copy_project, tmp_path_factory): return copy_project(tmp_path_factory.mktemp('notebooks')/'project')
+
+def code(nb): return [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+
+def shows(cell): return any(o.get('name') != 'stderr' for o in cell['outputs'])
+
+@pytest.mark.parametrize('name', [f.name for f in sorted((root/'nbs').glob('*.ipynb'))])
+def test_notebook(project, tmp_path, name):
+    nb = project/'nbs'/name
+    stored = code(nb)
+    test = f"from nbdev.test import nbdev_test; nbdev_test({str(nb)!r}, n_workers=0, save=True)"
+    p = subprocess.run([sys.executable, '-c', test], cwd=project, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        env={**os.environ, 'IPYTHONDIR': str(tmp_path)})
+    assert p.returncode == 0, p.stdout + p.stderr
+    for old,new in zip(stored, code(nb), strict=True):
+        assert shows(old) == shows(new), f"run {name} again and store its outputs; this cell's are not those of its code:\n{''.join(old['source'])}"
