@@ -111,10 +111,10 @@ class RunRows(Callback):
     order, run_valid = 60, False # after the Recorder
     def __init__(self, metric): self.metric, self.rows = metric, []
     def clock(self): return time.process_time() if self.dls.device is None or self.dls.device.type == 'cpu' else time.perf_counter()
-    def before_train(self): self.start = self.clock()
+    def before_train(self): self.begun = self.clock()
     def after_train(self):
         if not (finite := all_finite(self.learn)): raise CancelFitException()
-        self.seconds = self.clock() - self.start
+        self.seconds = self.clock() - self.begun
     def after_epoch(self):
         vals = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))
         row = dict(train_loss=vals['train_loss'], valid_loss=vals['valid_loss'], metric=vals[self.metric], seconds=self.seconds)
@@ -364,7 +364,8 @@ def text_task_learner(
 
 # %% ../nbs/12_compare.ipynb #37ec
 @lru_cache
-def folder_dls(path, size, bs): return get_dls(path, size, bs)
+def folder_dls(path, size, bs):
+    with no_random(): return get_dls(path, size, bs) # so that the first run of a process has the weights of the others
 
 def folder_learner(
     opt_func, # Optimizer
@@ -446,8 +447,8 @@ def reach(
     "Epochs, and seconds of training, until each run first reached `target`; inf if it did not"
     df = df.sort_values('epoch')
     ok = (df.metric <= target) if is_lower_better(metric) else (df.metric >= target)
-    hit = df.assign(seconds=df.groupby(_run_cols).seconds.cumsum())[ok].groupby(_run_cols)[['epoch', 'seconds']].first()
-    return hit.reindex(pd.MultiIndex.from_frame(df[_run_cols].drop_duplicates()), fill_value=math.inf).rename(columns=dict(epoch='epochs')).astype(float)
+    hit = df.assign(seconds=df.groupby(_run_cols).seconds.cumsum())[ok].groupby(_run_cols)[['epoch', 'seconds']].first().astype(float)
+    return hit.reindex(pd.MultiIndex.from_frame(df[_run_cols].drop_duplicates()), fill_value=math.inf).rename(columns=dict(epoch='epochs'))
 
 # %% ../nbs/12_compare.ipynb #65ec
 def find_baseline(

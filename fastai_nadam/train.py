@@ -16,7 +16,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from fastcore.docments import docments
 
-warnings.filterwarnings('ignore', '.*torch.jit.script.*', FutureWarning) # fastai uses it on import, and newer versions of torch warn of it
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.models import tvm, xresnet

@@ -3,14 +3,19 @@ import itertools, math, random, subprocess, sys, time
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
-from fastai.basics import *
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.losses import MSELossFlat
 from fastai.metrics import mse
+from fastai.optimizer import Adam, Lookahead
+from fastai.torch_core import set_seed
 from scipy import stats
+from torch import nn
+import fastai.callback.schedule # gives Learner its fit_one_cycle
 
 from fastai_nadam import compare as c, NAdam
 from fastai_nadam.compare import compare_opts, main, mean_interval, read_results, sentence, summarize
-from fastai.optimizer import Adam
 
 root = Path(__file__).parent.parent
 
