@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['tasks', 'default_opts', 'opt_name', 'find_opt', 'seed_learner', 'check_learner', 'is_lower_better', 'check_metric',
-           'all_finite', 'RunRows', 'fit_once', 'write_whole', 'read_results', 'open_results', 'with_progress',
-           'check_list', 'check_lr', 'check_seed', 'compare_opts', 'tensor_dls', 'digits_tensors', 'digits_learner',
-           'cancer_dls', 'tabular_task_learner', 'topics_tensors', 'CharGRU', 'text_task_learner', 'folder_dls',
-           'folder_learner', 'split_seeds', 'final_metrics', 'best_lrs', 'lr_range', 'mean_interval', 'reach',
-           'find_baseline', 'summarize', 'show_summary', 'sentence', 'plot_results', 'split_names', 'split_floats',
-           'find_task', 'compare', 'main']
+           'all_finite', 'RunRows', 'fit_once', 'read_results', 'open_results', 'with_progress', 'check_list',
+           'check_lr', 'check_seed', 'compare_opts', 'tensor_dls', 'digits_tensors', 'digits_learner', 'cancer_dls',
+           'tabular_task_learner', 'topics_tensors', 'CharGRU', 'text_task_learner', 'folder_dls', 'folder_learner',
+           'split_seeds', 'final_metrics', 'best_lrs', 'lr_range', 'mean_interval', 'reach', 'find_baseline',
+           'summarize', 'show_summary', 'sentence', 'plot_results', 'split_names', 'split_floats', 'find_task',
+           'compare', 'main']
 
 # %% ../nbs/12_compare.ipynb #03ec
 import ast, json, pickle, signal, threading, time
@@ -17,7 +17,7 @@ from concurrent import futures
 from functools import lru_cache, wraps
 from multiprocessing import get_context
 
-from .train import cli, make_learner as image_learner, opts as named_opts, versions
+from .train import cli, make_learner as image_learner, opts as named_opts, versions, whole_file
 from fastai.tabular.all import *
 from fastai.vision.all import *
 from fastai.vision.models.xresnet import XResNet
@@ -143,18 +143,6 @@ def fit_once(
 _run_cols = ['task', 'opt', 'lr', 'seed']
 _cols = _run_cols + ['epoch', 'train_loss', 'valid_loss', 'metric', 'seconds', 'diverged']
 
-def write_whole(
-    file:Path, # To write to
-    text:str # What to write
-):
-    "Write a file so that it is there as a whole, or as it was before"
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
-    with open(tmp, 'w', encoding='utf-8') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    tmp.replace(file)
-
 def read_results(
     out:str|Path # Folder of a comparison
 ) -> tuple: # (DataFrame with one row per run and epoch, settings)
@@ -173,14 +161,14 @@ def open_results(
 ) -> pd.DataFrame: # Results so far
     "Begin or go on with a comparison in `out`. Raises a `ValueError` if something else is there"
     if out.exists() and not out.is_dir(): raise ValueError(f"out must be a folder, {str(out)!r} is a file")
-    if out.exists() and any(o for o in out.iterdir() if not o.name.startswith('.settings.json')):
+    if out.exists() and any(o for o in out.iterdir() if o.name != '.settings.json.part'):
         df, old = read_results(out)
         other = [k for k in settings if old.get(k) != settings[k]]
         if other: raise ValueError(f"out: {str(out)!r} has another comparison, with {other[0]} {old.get(other[0])!r} instead of {settings[other[0]]!r}; give another out")
         return df
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise ValueError(f"out: cannot make {str(out)!r}: {e.strerror}") from e
-    write_whole(out/'settings.json', json.dumps(dict(settings=settings, versions=versions()), indent=2) + '\n')
+    with whole_file(out/'settings.json') as f: f.write((json.dumps(dict(settings=settings, versions=versions()), indent=2) + '\n').encode())
     return pd.DataFrame(columns=_cols)
 
 # %% ../nbs/12_compare.ipynb #24ec
@@ -283,7 +271,8 @@ def compare_opts(
     if runs:
         for (i, lr, seed), res in with_progress(_parallel(fit, runs, n_workers) if n_workers else _serial(fit, runs), len(runs)):
             rows += [dict(task=task, opt=names[i], lr=lr, seed=seed, **row) for row in res]
-            if out is not None: write_whole(Path(out)/'results.csv', pd.DataFrame(rows, columns=_cols).to_csv(index=False))
+            if out is None: continue
+            with whole_file(Path(out)/'results.csv') as f: pd.DataFrame(rows, columns=_cols).to_csv(f, index=False)
     order = {o: i for i,o in enumerate(names)}
     return pd.DataFrame(rows, columns=_cols).sort_values(['opt', 'lr', 'seed', 'epoch'], key=lambda c: c.map(order) if c.name=='opt' else c, ignore_index=True)
 

@@ -1,5 +1,6 @@
 "nadam-train: what it refuses, what it leaves behind, and that it does the same again"
-import inspect, json, re, signal, subprocess, sys
+import inspect, json, random, re, signal, subprocess, sys, time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
@@ -7,7 +8,7 @@ from fastai.vision.all import Callback, Image, Learner, Path
 
 from fastai_nadam import train as room
 from fastai_nadam.data import digits_path
-from fastai_nadam.train import archs, check_model, fill_opts, fit_run, main, opts, out_folder, read_args, run_learner, train
+from fastai_nadam.train import archs, check_model, fill_opts, fit_run, main, opts, read_args, run_learner, train, whole_file
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -176,7 +177,7 @@ def refused(capsys, args):
     ('--data nowhere', "no such folder: '{}/nowhere'"),
     ('--data {folder}/train', "has no folder 'train'"),
     ('--opt Nadam', "opt must be one of NAdam, DozatNAdam, Adam, RAdam, ranger, got 'Nadam'"),
-    ('--arch xresnet35', "such as xresnet34, "),
+    ('--arch xresnet35', "xresnet34, "),
     ('--arch alexnet --size 8', 'alexnet cannot train on batches of 64 images of 8 x 8 pixels'),
     ('--arch googlenet --size 224', 'googlenet cannot train on'),
     ('--arch xsenet154', 'xsenet154 cannot train on'),
@@ -268,40 +269,136 @@ def test_help_has_every_option_and_default(capsys):
 # What is stopped
 
 class Stop(Callback):
-    "Stop in the middle of the second epoch"
-    def __init__(self, error): self.error = error
+    "Stop in the middle of an epoch"
+    def __init__(self, error, at=1): self.error, self.at = error, at
     def after_batch(self):
-        if self.epoch == 1: raise self.error
+        if self.epoch == self.at: raise self.error
 
-@pytest.mark.parametrize('error,code', [(KeyboardInterrupt(), 130), (OSError('no space left on device'), 2), (BrokenPipeError(32, 'Broken pipe'), 141)])
-def test_stopped(error, code, tiny, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(room, 'run_learner', lambda *args: run_learner(*args).add_cb(Stop(error)))
+@pytest.fixture
+def stop(monkeypatch):
+    "A function that runs `main`, which is stopped in the middle of an epoch"
+    def f(error, args, at=1):
+        with monkeypatch.context() as m:
+            m.setattr(room, 'run_learner', lambda *args: run_learner(*args).add_cb(Stop(error, at)))
+            return main(args)
+    return f
+
+stops = pytest.mark.parametrize('error,code', [(KeyboardInterrupt(), 130), (OSError('no space left on device'), 2), (BrokenPipeError(32, 'Broken pipe'), 141)])
+
+@stops
+def test_stopped_before_the_first_checkpoint(error, code, tiny, tmp_path, capfd, stop):
     (tmp_path/'empty').mkdir()
-    for out in ('a/b/new', 'empty'): assert main(argv(**tiny, out=out)) == code
+    for out in ('a/b/new', 'empty'): assert stop(error, argv(**tiny, out=out), at=0) == code
     assert [o.name for o in tmp_path.iterdir()] == ['empty'] and nothing_left(tmp_path/'empty')
     assert capfd.readouterr().err.count('\n') == (0 if code == 141 else 2)
 
-def test_bug_is_not_hidden(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, 'run_learner', lambda *args: run_learner(*args).add_cb(Stop(RuntimeError('bug'))))
-    with pytest.raises(RuntimeError, match='bug'): main(argv(**tiny))
+@stops
+def test_stopped_after_it(error, code, tiny, run, tmp_path, capfd, stop):
+    assert stop(error, argv(**tiny, seed=7, out='my run')) == code
+    assert sorted(o.name for o in (tmp_path/'my run').iterdir()) == ['checkpoint.pth', 'history.csv']
+    out, err = capfd.readouterr()
+    assert code == 141 or (out.endswith(f"nadam-train --resume '{tmp_path}/my run'\n") and err.count('\n') == 1)
+    assert main(['--resume', 'my run']) == 0
+    same_run(tmp_path/'my run', run.path)
+    out = capfd.readouterr().out
+    assert code == 141 or 'goes on after 1 of 2 epochs' in out and out.count('\n0  ') == out.count('\n1  ') == 1
+
+def test_bug_is_not_hidden(tiny, tmp_path, stop):
+    with pytest.raises(RuntimeError, match='bug'): stop(RuntimeError('bug'), argv(**tiny), at=0)
     assert nothing_left(tmp_path)
 
-def test_out_made_by_another_meanwhile(tmp_path):
-    with pytest.raises(OSError), out_folder(tmp_path/'out') as path:
-        (path/'mine').touch()
-        (tmp_path/'out').mkdir()
-        (tmp_path/'out'/'theirs').touch()
-    assert (tmp_path/'out'/'theirs').exists() and (path/'mine').exists()  # nobody loses anything
+def start(args, cwd):
+    return subprocess.Popen([sys.executable, '-m', 'fastai_nadam.train', *args], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL)) # a shell's `&` has it ignored
 
 def test_ctrl_c(tiny, tmp_path):
-    p = subprocess.Popen([sys.executable, '-m', 'fastai_nadam.train', *argv(**{**tiny, 'epochs': 1000}, out='out')], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for line in p.stdout:
-        if line.startswith('1 '): break
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and err.splitlines()[-1] == 'nadam-train: interrupted, nothing was written' and 'Traceback' not in err
-    assert nothing_left(tmp_path)
+    p = start(argv(**{**tiny, 'epochs': 1000}, out='out'), tmp_path)
+    try:
+        for line in p.stdout:
+            if line.startswith('1 '): break
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=60)
+    finally: p.kill()
+    assert p.returncode == 130 and err.splitlines()[-1] == 'nadam-train: interrupted' and 'Traceback' not in err
+    assert out.rstrip().endswith(f'nadam-train --resume {tmp_path}/out') and (tmp_path/'out'/'checkpoint.pth').exists()
+
+# What goes on
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor): return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, list) else a == b
+
+def same_run(a, b):
+    "The same files, with the same weights and the same state of the optimizer to the last bit"
+    assert [o.relative_to(a) for o in sorted(a.rglob('*'))] == [o.relative_to(b) for o in sorted(b.rglob('*'))]
+    for f in a.rglob('model.pth'): assert equal(*(torch.load(p/f.relative_to(a), weights_only=True) for p in (a, b)))
+    for f in a.rglob('history.csv'): assert history(f.parent).equals(history((b/f.relative_to(a)).parent))
+    assert (a/'args.json').read_text() == (b/'args.json').read_text()
+
+@pytest.mark.parametrize('opt', ['NAdam', 'ranger'])
+def test_killed_at_any_moment(opt, tiny, tmp_path):
+    "Killed for good in the first or the second of two runs, and the one that goes on as well"
+    args = argv(**{**tiny, 'arch': 'shufflenet_v2_x0_5', 'epochs': 8}, opt=opt, runs=2)
+    file, last = tmp_path/'part'/'checkpoint.pth', None
+    for more in (['--out=part', *args], ['--resume=part']):
+        p = start(more, tmp_path)
+        try:
+            end = time.time() + 120
+            while (not file.exists() or file.stat().st_mtime_ns == last) and p.poll() is None and time.time() < end: time.sleep(0.01)
+            time.sleep(random.uniform(0, 1.5))
+            assert p.poll() is None, p.communicate()
+        finally: p.kill()
+        p.communicate()
+        last = file.stat().st_mtime_ns
+    assert main(['--resume', 'part']) == main([*args, '--out=whole']) == 0
+    same_run(tmp_path/'part', tmp_path/'whole')
+
+@pytest.fixture
+def stopped(tiny, tmp_path, stop):
+    "A folder with the checkpoint of a run that was stopped"
+    assert stop(KeyboardInterrupt(), argv(**tiny, out='stopped')) == 130
+    return tmp_path/'stopped'
+
+class Evil:
+    def __reduce__(self): return exec, ("open('evil', 'w')",)
+
+def rewrite(file, **changed): torch.save({**torch.load(file, weights_only=True), **changed}, file)
+
+@pytest.mark.parametrize('damage,message', [
+    (lambda f: f.write_bytes(f.read_bytes()[:random.randrange(f.stat().st_size)]), 'is damaged, or no checkpoint'),
+    (lambda f: f.write_bytes(b''), 'is damaged, or no checkpoint'), (lambda f: torch.save({'model': {}}, f), 'is no checkpoint of nadam-train'),
+    (lambda f: torch.save([1], f), 'is no checkpoint of nadam-train'), (lambda f: torch.save(Evil(), f), 'is damaged, or no checkpoint'),
+    (lambda f: rewrite(f, rng=3), 'is no checkpoint of nadam-train'), (lambda f: rewrite(f, args={'depth': 3}), 'is no checkpoint of nadam-train'),
+    (lambda f: rewrite(f, rng=[{}]), 'does not fit'), (lambda f: rewrite(f, rng=[]), 'was trained by 0 processes, now there are 1'),
+    (lambda f: rewrite(f, rows=[[0]]*2), 'all epochs are done'), (lambda f: rewrite(f, model={}), 'those of another network'),
+    (lambda f: rewrite(f, args={**torch.load(f, weights_only=True)['args'], 'arch': 'squeezenet1_0'}), 'those of another network'),
+    (lambda f: rewrite(f, opt={'hypers': [], 'state': []}), 'does not fit'), (lambda f: rewrite(f, data=[9, 9, 'a', 'b']), 'the data has changed: 16 training images'),
+    (Path.unlink, 'has no checkpoint.pth')])
+def test_resume_refused(damage, message, stopped, capsys, monkeypatch):
+    monkeypatch.setattr(Learner, 'fit', lambda *a, **k: pytest.fail('it trains'))
+    damage(stopped/'checkpoint.pth')
+    before = {f: f.read_bytes() for f in stopped.iterdir()}
+    capsys.readouterr()
+    assert message in refused(capsys, ['--resume', 'stopped'])
+    assert {f: f.read_bytes() for f in stopped.iterdir()} == before and not Path('evil').exists()
+
+@pytest.mark.parametrize('args,message', [('--resume nowhere', 'has no checkpoint.pth'), ('--resume {run}', 'holds a run that is finished'),
+    ('--resume {run} --epochs 9', 'give resume alone, without epochs'), ('--resume {run} --out other', 'give resume alone, without out'),
+    ('--resume {run} --args a.json', 'give resume alone, without args')])
+def test_resume_of_nothing(args, message, run, tmp_path, capsys):
+    before = {f: f.read_bytes() for f in run.path.iterdir()}
+    assert message in refused(capsys, args.format(run=run.path).split())
+    assert nothing_left(tmp_path) and {f: f.read_bytes() for f in run.path.iterdir()} == before
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path/'file'
+    for data in (b'one', b'two'):
+        with whole_file(file) as f: f.write(data)
+    with pytest.raises(OSError), whole_file(file) as f:
+        f.write(b'thr')
+        raise OSError
+    assert file.read_bytes() == b'two' and list(tmp_path.iterdir()) == [file]
 
 # The main job
 
