@@ -6,3 +6,4 @@ from .interop import *
 from .data import data_path, digits_path, get_dls, image_dls
 from .train import make_learner, train
 from .compare import compare_opts, plot_results, read_results, sentence, show_summary, summarize
+from .bench import bench_step

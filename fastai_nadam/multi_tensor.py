@@ -15,6 +15,18 @@ import torch
 @lru_cache
 def _inf(device): return torch.tensor(math.inf, device=device)
 
+@lru_cache
+def _has_sgd(dtype):
+    "Does PyTorch's fused SGD take tensors of this dtype on a CPU?"
+    try: _turn_back([torch.ones(1, dtype=dtype)], [torch.ones(1, dtype=dtype)], 0.9, torch._fused_sgd_)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError): return False
+    return True
+
+def _turn_back(ns, gs, w, sgd=None):
+    "Turn the looked-ahead `ns` into averages of the gradient, in place"
+    if sgd: sgd(ns, gs, [], weight_decay=-1., momentum=0., lr=1/w-1, dampening=0., nesterov=False, maximize=False, is_first_step=False)
+    else: torch._foreach_lerp_(ns, gs, 1-1/w)
+
 def fused_step(
     ps:list, # Parameters, all of one dtype and device; each with gradient and averages dense and of the same strides
     gs:list, # Their gradients
@@ -31,7 +43,9 @@ def fused_step(
     torch._fused_adamw_(ps, gs, ns, vs, [], [_inf(ps[0].device)]*len(ps), amsgrad=False, maximize=False,
         lr=lr*scale, beta1=w*mom, beta2=sqr_mom, weight_decay=wd/scale, eps=eps*math.sqrt(debias2))
     if not in_place: torch._foreach_lerp_(ms, gs, 1-mom)
-    elif b: torch._foreach_lerp_(ms, gs, 1-1/w)
+    elif b: # many small tensors in a block are faster with lerp, on a GPU only the number of calls counts
+        sgd = len(ms) <= 8 and not ms[0].is_cuda and _has_sgd(ms[0].dtype)
+        _turn_back(ms, gs, w, torch._fused_sgd_ if sgd else None)
 
 # %% ../nbs/02_multi_tensor.ipynb #10ec
 def foreach_step(ps, gs, ms, vs, lr, mom, sqr_mom, eps, wd, a, b, debias2):
