@@ -161,7 +161,7 @@ def plot_growth(
 ) -> plt.Figure:
     "Step times over the number of parameters, and over the number of tensors"
     fig, axs = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
-    for ax,x,d in zip(axs, ('parameters', 'tensors'), (df[df.tensors == 100], df[df.parameters == 100*df.tensors])):
+    for ax,x,d in zip(axs, ('parameters', 'tensors'), (df[df.parameters >= 1e6].loc[lambda d: d.tensors == 100], df[df.parameters == 100*df.tensors])):
         for i,(o,g) in enumerate(d.groupby('opt', sort=False)): ax.plot(g[x], g.step_ms, label=o, color=f'C{i}', marker='os^Dv*Xp'[i%8], ls=('-', '--', ':', '-.')[i%4])
         ax.set(title=f'Time of a step over {x}', xlabel=f'{x}' + (' (in 100 tensors)' if x == 'parameters' else ' (of 100 elements)'), ylabel='milliseconds', xscale='log', yscale='log')
         ax.legend(fontsize='small')
@@ -178,7 +178,9 @@ def step_parts(
     total = np.median([seconds(opt.step) for _ in range(n)])
     with profile(activities=[ProfilerActivity.CPU]) as prof:
         for _ in range(n): opt.step()
-    ops = {e.key.removeprefix('aten::'): e.self_cpu_time_total/n/1000 for e in prof.key_averages() if e.key.startswith('aten::')}
+    ops = defaultdict(float)
+    for e in prof.key_averages():
+        if e.key.startswith('aten::'): ops[e.key.removeprefix('aten::').strip('_')] += e.self_cpu_time_total/n/1000
     main = {k: v for k,v in ops.items() if v > 0.02*sum(ops.values())}
     parts = {**main, 'other operations': sum(ops.values()) - sum(main.values())}
     return pd.Series({**parts, 'Python': max(0., 1000*total - sum(parts.values()))})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastcore.basics import store_attr
 from fastcore.foundation import L
 from .rules import dozat_rule, ruder_rule, running_prod
-from .multi_tensor import cut_blocks, multi_tensor_step, pick_path, raw_tensors
+from .multi_tensor import cut_blocks, pick_path, raw_tensors
 from .steppers import Optimizer, average_grad, average_sqr_grad, l2_reg, nadam_step, step_stat, weight_decay
 
 # %% ../nbs/03_optimizer.ipynb #07ec
@@ -199,8 +199,9 @@ class NAdamOptimizer(Optimizer):
         step = state.get('step', 0) + 1
         a, b, new = self.rule(**{**state, **hyper, 'step': step})
         new.update(step=step, sqr_mom_prod=running_prod(hyper['sqr_mom'], step, state.get('sqr_mom_prod')))
-        multi_tensor_step(batch.path, batch.blocks, **{k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')}, a=a, b=b,
-            debias2=1-new['sqr_mom_prod'], wd=hyper['wd'] if state.get('do_wd', True) else 0., decouple_wd=self.decouple_wd)
+        wd = hyper['wd'] if state.get('do_wd', True) else 0.
+        if batch.blocks: batch.path(batch.blocks, **{k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')}, a=a, b=b, debias2=1-new['sqr_mom_prod'],
+            wd=wd*self.decouple_wd, l2=wd*(not self.decouple_wd))
         for state in batch.states: state.update(new)
 
     def _step_one(self, p, state, hyper):

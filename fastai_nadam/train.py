@@ -263,7 +263,7 @@ class Checkpoint(Callback):
         r.losses, r.lrs, r.iters = list(saved['losses']), saved['lrs'], saved['iters']
         r.smooth_loss.count, r.smooth_loss.val = to_device(saved['smooth_loss'], self.dls.device)
         self.learn.train_iter, self.param_scheduler.hps = len(r.losses), saved['hps']
-        if saved['scaler']: self.mixed_precision.scaler.load_state_dict(saved['scaler'])
+        if fp16 := self._fp16(): fp16.scaler.load_state_dict(saved['scaler'])
         set_rng_states(self.dls, saved['rng'][rank_distrib()])
 
     def after_epoch(self):
@@ -277,12 +277,13 @@ class Checkpoint(Callback):
         rng = [rng_states(self.dls)]
         if num_distrib() > 1: rng = self._gather(rng[0])
         if rank_distrib(): return
-        state = dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), scaler=self._scaler(), rng=rng, rows=self.done,
+        fp16 = self._fp16()
+        state = dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), scaler=fp16.scaler.state_dict() if fp16 else {}, rng=rng, rows=self.done,
             losses=torch.stack(r.losses).as_subclass(Tensor), lrs=r.lrs, iters=[*r.iters, r.smooth_loss.count], hps=self.param_scheduler.hps,
             smooth_loss=[r.smooth_loss.count, r.smooth_loss.val.as_subclass(Tensor)], data=data_facts(self.dls), seconds=time.time()-self.begun, **self.more)
         with whole_file(self.file) as f: torch.save(_plain(state), f)
 
-    def _scaler(self): return self.mixed_precision.scaler.state_dict() if hasattr(self.learn, 'mixed_precision') else {}
+    def _fp16(self): return first(self.learn.cbs, risinstance(MixedPrecision))
 
     def _gather(self, state):
         states = [None]*num_distrib()
@@ -340,7 +341,7 @@ def out_folder(
     resume:bool=False # Does it hold a checkpoint to go on from?
 ): # Gives the folder
     "A folder for results. After an error it is gone, if there is no checkpoint in it. Raises a `ValueError` if it cannot be had"
-    out = Path(out).expanduser().absolute()
+    given, out = out, Path(out).expanduser().absolute()
     if out.exists() and not out.is_dir(): raise ValueError(f"out must be a folder, {str(out)!r} is a file")
     if out.exists() and any(out.iterdir()) and not resume: raise ValueError(f"out must be a new or an empty folder, {str(out)!r} has files in it")
     made = [o for o in (out, *out.parents) if not o.exists()]
@@ -350,7 +351,7 @@ def out_folder(
         yield out
     except BaseException as e:
         if (out/'checkpoint.pth').exists():
-            if not isinstance(e, ValueError): print(f'\nstopped; to go on after the last whole epoch: nadam-train --resume {shlex.quote(str(out))}', flush=True)
+            if not isinstance(e, ValueError): print(f'\nstopped; to go on after the last whole epoch: nadam-train --resume {shlex.quote(str(given))}', flush=True)
         else:
             for o in out.iterdir() if out.is_dir() and not resume else []: shutil.rmtree(o) if o.is_dir() else o.unlink()
             for o in made:

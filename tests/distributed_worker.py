@@ -63,20 +63,23 @@ def shard(folder):
             train(opt, m); train(ref, whole)
             check()
 
+def broadcast_on_cpu():
+    "Have fastai's `DistributedDL` broadcast without `.cuda()`"
+    from fastai.distributed import DistributedDL
+    def _broadcast(self, t, rank):
+        t = torch.LongTensor(t)
+        dist.broadcast(t, rank)
+        return t.tolist()
+    DistributedDL._broadcast = _broadcast
+
 def data_parallel(folder):
     "A `Learner` in `distrib_ctx`, which each rank saves"
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
     from fastai.callback.schedule import fit_one_cycle
-    from fastai.distributed import DistributedDL
     from fastai.learner import Learner
     from fastai.losses import MSELossFlat
-    if dist.is_initialized():
-        def _broadcast(self, t, rank):  # fastai's goes through .cuda()
-            t = torch.LongTensor(t)
-            dist.broadcast(t, rank)
-            return t.tolist()
-        DistributedDL._broadcast = _broadcast
+    if dist.is_initialized(): broadcast_on_cpu()
     gen = torch.Generator().manual_seed(1)
     xs = torch.randn(64, 5, generator=gen)
     items = list(zip(xs, xs.sum(1, keepdim=True)))
@@ -90,6 +93,31 @@ def data_parallel(folder):
         else: learn.fit_one_cycle(3)
     rank = dist.get_rank() if dist.is_initialized() else 'alone'
     torch.save({'model': learn.model.state_dict(), 'opt': learn.opt.state_dict()}, Path(folder)/f'{rank}.pth')
+
+def resume(folder):
+    "`nadam-train` on all ranks: a whole run, and one that is stopped and goes on"
+    import fastai.distributed
+    from fastai.callback.core import Callback
+    from fastai.learner import Learner
+    from fastai_nadam import train as room
+    class Stop(Callback):
+        def before_batch(self):
+            if self.epoch == 1: raise KeyboardInterrupt
+    broadcast_on_cpu()
+    room.check_gpu, room.setup_distrib = lambda fp16: None, lambda gpu: None
+    distrib_ctx = Learner.distrib_ctx
+    Learner.distrib_ctx = lambda learn: distrib_ctx(learn, sync_bn=False, cpu=True)
+    args = dict(arch='squeezenet1_1', epochs=3, bs=128, lr=1e-3)
+    def out(name): return f'{folder}/{name}' + ('' if dist.get_rank() == 0 else '-of-rank-1')  # where nothing should be
+    room.train(**args, out=out('whole'))
+    run_learner = room.run_learner
+    room.run_learner = lambda *args: run_learner(*args).add_cb(Stop())
+    try: room.train(**args, out=out('part'))
+    except KeyboardInterrupt: pass
+    room.run_learner = run_learner
+    dist.barrier()
+    learn = room.train(resume=f'{folder}/part')
+    torch.save(learn.model.state_dict(), f'{folder}/{dist.get_rank()}.pth')
 
 if __name__ == '__main__':
     torch.set_num_threads(1)

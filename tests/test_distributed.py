@@ -33,3 +33,12 @@ def test_data_parallel_is_one_process_with_twice_the_batch(tmp_path):
     torch.testing.assert_close(a, b, rtol=0, atol=0)  # the ranks are bit-equal
     torch.testing.assert_close(a['model'], alone['model'], rtol=1e-5, atol=1e-6)
     for s,t in zip(a['opt']['state'], alone['opt']['state'], strict=True): torch.testing.assert_close(s, t, rtol=1e-4, atol=1e-6)
+
+def test_nadam_train_goes_on_in_both_processes(tmp_path):
+    pytest.importorskip('accelerate')
+    launch('resume', tmp_path)
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['0.pth', '1.pth', 'part', 'whole']  # rank 1 has written nothing
+    a, b, part, whole = (torch.load(tmp_path/o, weights_only=True) for o in ('0.pth', '1.pth', 'part/model.pth', 'whole/model.pth'))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(part, whole, rtol=0, atol=0)
+    assert sorted(o.name for o in (tmp_path/'part').iterdir()) == sorted(o.name for o in (tmp_path/'whole').iterdir())
