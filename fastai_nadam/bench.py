@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from fastai.vision.all import *
 from torch.profiler import ProfilerActivity, profile
 from .data import check_int, get_dls
+from .multi_tensor import fused_step, pick_path
 from .optimizer import DozatNAdam, NAdam
 from .train import archs, cli, make_learner, new_model, recipes, versions, whole_file
 
@@ -261,6 +262,7 @@ def bench(
     if device not in ('cpu', 'cuda'): raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if device == 'cuda' and not torch.cuda.is_available(): raise ValueError("device: there is no CUDA GPU")
     if dtype not in dtypes: raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+    if pick_path(device, dtypes[dtype]) is not fused_step: raise ValueError(f"PyTorch {torch.__version__} has no fused AdamW for {dtype} on {device}, to compare with")
     check_file('json', json)
     check_file('plot', plot)
     peers = choose_peers(opts)

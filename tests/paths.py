@@ -1,5 +1,8 @@
 "The ways in which an optimizer can step, as arguments of the factories"
-import pytest
+import pytest, torch
+from packaging.version import Version
+
+needs_kernel = pytest.mark.skipif(Version(torch.__version__) < Version('2.4'), reason='this PyTorch has no fused AdamW on a CPU')
 
 each_path = pytest.mark.parametrize('path', [dict(), dict(foreach=False, fused=False), dict(foreach=True), dict(fused=True)],
     ids=['default', 'loop', 'foreach', 'fused'])

@@ -6,6 +6,9 @@ from torch import nn
 
 from fastai_nadam import NAdam, bench as b
 from fastai_nadam.bench import bench_cases, bench_step, extra_memory, find_peers, interleave, main, net_shapes, new_params, reference
+from paths import needs_kernel
+
+pytestmark = needs_kernel
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
@@ -122,3 +125,7 @@ def test_refused(args, message, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_no_gpu(capsys): assert main(['--device', 'cuda']) == 2 and 'there is no CUDA GPU' in capsys.readouterr().err
+
+def test_no_reference(capsys, monkeypatch):
+    monkeypatch.setattr(b, 'pick_path', lambda *args: None)
+    assert main([]) == 2 and 'has no fused AdamW for float32 on cpu, to compare with' in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_step_refuses_bad_hypers(path, wrap):
 @both
 @each_path
 def test_all_hypers_can_be_scheduled(path, opt_func):
-    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=partial(opt_func, **path), lr=0.01)
+    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=lambda ps, **kw: on_path(opt_func, ps, path, **kw), lr=0.01)
     hypers = {k: SchedLin(*v) for k,v in dict(lr=(0.1, 0.01), mom=(0.5, 0.9), sqr_mom=(0.8, 0.99), eps=(1e-5, 1e-8), wd=(0.1, 0.)).items()}
     if opt_func is DozatNAdam: hypers['mom_decay'] = SchedLin(1, 0.004)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=ParamScheduler(hypers))

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
 from fastai_nadam.multi_tensor import cut_blocks, fused_step, pick_path, raw_tensors
-from paths import on_path
+from paths import needs_kernel, on_path
 
 loop = dict(foreach=False, fused=False)
 fast_paths = pytest.mark.parametrize('path', [dict(), dict(foreach=True)], ids=['fused', 'foreach'])
@@ -252,6 +252,7 @@ def test_change_of_path(path):
     c.step(); b.step()
     assert_same(c, b, ps, qs)
 
+@needs_kernel
 def test_what_foreach_and_fused_mean():
     f32 = torch.float32
     assert pick_path('cpu', f32) is fused_step and pick_path('cpu', f32, None, True) is fused_step
