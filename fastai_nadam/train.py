@@ -498,7 +498,7 @@ def train(
 
 # %% ../nbs/11_train.ipynb #72ec
 class _Parser(argparse.ArgumentParser):
-    def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
+    def error(self, message): self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 def arg_parser(
     func, # Function whose arguments become options

@@ -1,7 +1,9 @@
 "Whatever is thrown at the optimizer, it works or is refused with a word on why, and a refusal changes nothing"
-import ast, math, os, re
+import ast, inspect, math, os, re
+from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -12,7 +14,7 @@ from fastai.losses import MSELossFlat
 from fastai.test_utils import RegModel, synth_dbunch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
-from fastai_nadam import DozatNAdam, NAdam
+from fastai_nadam import DozatNAdam, NAdam, train
 from fastai_nadam.interop import from_torch
 from paths import each_path, on_path
 
@@ -290,6 +292,27 @@ def test_broken_torch_optimizers(seed, data):
     except (TypeError, ValueError): return
     set_grads(ps, 1)
     opt.step()
+
+# The command line
+
+class Trains(Exception): pass
+
+junk = st.one_of(st.text(max_size=20), st.integers().map(str), st.floats().map(str), st.sampled_from(['digits', 'NAdam', '64', '1e-3', '', '-', '--', '~', '/', '.', '\0', 'a\nb']))
+
+@fuzz(80, args=st.lists(st.one_of(st.tuples(st.sampled_from([f'--{k}' for k in inspect.signature(train.train).parameters]), junk), st.tuples(junk)), max_size=4))
+def test_command_line(tmp_path, monkeypatch, args):
+    "Whatever is typed, it trains, or one line says what is wrong and nothing is written"
+    monkeypatch.chdir(tmp_path)
+    def trains(*args): raise Trains
+    for f in ('data_path', 'suggest_lr', 'run_learner'): monkeypatch.setattr(train, f, trains)
+    args, out, err = [o for pair in args for o in pair if o not in ('-h', '--help')], StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try: code = train.main(args)
+        except SystemExit as e: code = e.code
+        except Trains: code = None
+    assert not list(tmp_path.iterdir())
+    if code is None: return
+    assert code == 2 and err.getvalue().startswith('nadam-train: ') and err.getvalue().count('\n') == 1 and not out.getvalue(), (args, err.getvalue())
 
 # Files
 
