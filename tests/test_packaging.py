@@ -172,7 +172,7 @@ def test_site_has_every_notebook(project):
     python('from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)', cwd=project)
     for nb in nbs:
         page = json.loads((project/'_proc'/nb.name).read_text(encoding='utf-8'))
-        assert page['cells'][0]['source'].startswith('---\n'), f'{nb.name} should begin with "# title" and "> description"'
+        assert ''.join(page['cells'][0]['source']).startswith('---\n'), f'{nb.name} should begin with "# title" and "> description"'
     shown = json.dumps(json.loads((project/'_proc/03_optimizer.ipynb').read_text(encoding='utf-8')))
     assert 'Gradient moving average coefficient' in shown
 

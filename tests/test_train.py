@@ -1,5 +1,5 @@
 "nadam-train: what it refuses, what it leaves behind, and that it does the same again"
-import inspect, json, random, re, signal, subprocess, sys, time
+import inspect, json, os, random, re, signal, subprocess, sys, time
 from functools import partial
 from types import SimpleNamespace
 
@@ -403,7 +403,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 # The main job
 
 def test_main_job(tmp_path):
-    p = subprocess.run([sys.executable, '-m', 'fastai_nadam.train'], cwd=tmp_path, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'fastai_nadam.train'], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': str(os.cpu_count())})
     assert p.returncode == 0, p.stderr
     out = tmp_path/'runs'/'digits-NAdam'
     assert sorted(o.name for o in out.iterdir()) == ['args.json', 'history.csv', 'history.png', 'model.pth']
