@@ -214,14 +214,15 @@ def bench_epoch(
     rounds:int=3, # How often to time each
     arch:str='xresnet34', # Network
     size:int=recipes['digits']['size'], # Side of the images, in pixels
-    bs:int=recipes['digits']['bs'] # Images per batch
+    bs:int=recipes['digits']['bs'], # Images per batch
+    device:str='cpu' # Where to train
 ) -> pd.DataFrame: # A row for each optimizer, medians
     "An epoch of `nadam-train` on the digits under each optimizer"
     peers, rows = peers or find_peers(), []
     for _ in range(rounds):
         for k in random.sample(list(peers), len(peers)):
             timer = StepTimer()
-            learn = make_learner(get_dls('digits', size, bs), arch, peers[k], cbs=timer)
+            learn = make_learner(get_dls('digits', size, bs).to(torch.device(device)), arch, peers[k], cbs=timer)
             with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
             rows.append(dict(opt=k, epoch_s=timer.seconds, opt_s=timer.opt_seconds))
     df = pd.DataFrame(rows).groupby('opt').median().loc[list(peers)]
@@ -240,8 +241,10 @@ def choose_peers(
         if o not in peers: raise ValueError(f"opts must be among {', '.join(peers)}, got {o!r}")
     return {k: v for k,v in peers.items() if k in names or k == reference}
 
-def check_file(k, file):
-    if file and not Path(file).absolute().parent.is_dir(): raise ValueError(f"{k}: no such folder: {str(Path(file).parent)!r}")
+def check_file(k, file, suffix=None):
+    if not file: return
+    if not Path(file).absolute().parent.is_dir(): raise ValueError(f"{k}: no such folder: {str(Path(file).parent)!r}")
+    if Path(file).is_dir() or (suffix and Path(file).suffix != suffix): raise ValueError(f"{k} must be a file{f' whose name ends in {suffix}' if suffix else ''}, got {file!r}")
 
 def bench(
     nets:str='mlp,xresnet34,vit_b_16', # Networks, separated by commas: mlp, or any of nadam-train
@@ -254,7 +257,7 @@ def bench(
     growth:bool=False, # Also how the cost grows, to 500 million parameters and 10,000 tensors; needs 16 GB of memory
     epoch:bool=False, # Also an epoch of nadam-train under each optimizer
     json:str=None, # File for the figures
-    plot:str=None # File for a plot
+    plot:str=None # File for a plot, .png
 ) -> dict: # Name → DataFrame
     "What a step of NAdam costs beside other optimizers, as multiples of PyTorch's fused AdamW"
     check_int('rounds', rounds)
@@ -263,10 +266,11 @@ def bench(
     if device == 'cuda' and not torch.cuda.is_available(): raise ValueError("device: there is no CUDA GPU")
     if dtype not in dtypes: raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     if pick_path(device, dtypes[dtype]) is not fused_step: raise ValueError(f"PyTorch {torch.__version__} has no fused AdamW for {dtype} on {device}, to compare with")
+    if epoch and dtype != 'float32': raise ValueError(f"epoch is for float32, got dtype {dtype!r}")
     check_file('json', json)
-    check_file('plot', plot)
+    check_file('plot', plot, '.png')
     peers = choose_peers(opts)
-    if tensors is None: cases = {o: net_shapes(o) for o in nets.split(',')}
+    if tensors is None: cases = {o.strip(): net_shapes(o.strip()) for o in nets.split(',')}
     else:
         check_int('tensors', tensors)
         check_int('numel', numel)
@@ -277,7 +281,7 @@ def bench(
     res = dict(steps=bench_cases(cases, rounds=rounds, **kw))
     if growth: res['growth'] = bench_cases(growing(), rounds=min(rounds, 7), **kw)
     if epoch:
-        res['epoch'] = bench_epoch(peers, rounds=min(rounds, 3))
+        res['epoch'] = bench_epoch(peers, rounds=min(rounds, 3), device=device)
         print(f"\nan epoch of nadam-train; opt_s and share are the optimizer's part\n{res['epoch'].round(3).to_string()}", flush=True)
     if json: save_figures(Path(json), res, dict(device=name, dtype=dtype, rounds=rounds, versions=versions()))
     if plot:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['opts', 'archs', 'recipes', 'checkpoint_kinds', 'new_model', 'check_model', 'check_gpu', 'fill_opts', 'make_learner',
            'run_learner', 'describe', 'plain_log', 'run_curves', 'plot_runs', 'save_plot', 'whole_file', 'fit_run',
-           'rng_states', 'set_rng_states', 'Checkpoint', 'data_facts', 'read_checkpoint', 'load_checkpoint',
+           'rng_states', 'set_rng_states', 'Checkpoint', 'command', 'data_facts', 'read_checkpoint', 'load_checkpoint',
            'out_folder', 'default_out', 'versions', 'tell_versions', 'save_args', 'read_args', 'suggest_lr', 'result',
            'merge_runs', 'train', 'arg_parser', 'cli', 'main']
 
@@ -261,7 +261,7 @@ class Checkpoint(Callback):
     def _restore(self, saved):
         r = self.recorder
         r.losses, r.lrs, r.iters = list(saved['losses']), saved['lrs'], saved['iters']
-        r.smooth_loss.count, r.smooth_loss.val = to_device(saved['smooth_loss'], self.dls.device)
+        r.smooth_loss.count, r.smooth_loss.val = saved['smooth_loss']
         self.learn.train_iter, self.param_scheduler.hps = len(r.losses), saved['hps']
         if fp16 := self._fp16(): fp16.scaler.load_state_dict(saved['scaler'])
         set_rng_states(self.dls, saved['rng'][rank_distrib()])
@@ -294,9 +294,27 @@ class Checkpoint(Callback):
 checkpoint_kinds = dict(args=dict, versions=dict, curves=dict, seconds=float, model=dict, opt=dict, scaler=dict, rng=list, rows=list, losses=Tensor,
     lrs=list, iters=list, hps=dict, smooth_loss=list, data=list)
 
+def command(
+    n:int # Number of processes
+) -> str:
+    "How to start `nadam-train` in `n` processes"
+    return f'torchrun --nproc_per_node {n} -m fastai_nadam.train' if n > 1 else 'nadam-train'
+
 def data_facts(dls:DataLoaders) -> list:
     "Number of training and of validation images, and the names of the classes"
     return [len(dls.train_ds), len(dls.valid_ds), *map(str, dls.vocab)]
+
+def _fits_together(saved):
+    "Are the lists of a checkpoint what they should be, and as long?"
+    try:
+        rows, curves, n = saved['rows'], saved['curves'].values(), len(saved['losses'])
+        return (saved.keys() == checkpoint_kinds.keys() and all(isinstance(saved[k], v) for k,v in checkpoint_kinds.items())
+        and saved['args'].keys() == {**recipes['all'], **recipes['digits']}.keys() and len(saved['data']) > 2
+        and all(isinstance(v, (int, float)) for r in rows for v in r) and len({len(r) for r in rows}) == 1 and len(saved['iters']) == len(rows)
+        and saved['hps'].keys() == {'lr', 'mom'} and all(len(o) == n for o in (saved['lrs'], *saved['hps'].values()))
+        and isinstance(saved['smooth_loss'][0], int) and isinstance(saved['smooth_loss'][1], Tensor)
+        and all(c.keys() == {'loss', 'lr', 'mom', 'history'} and isinstance(c['history'], dict) for c in curves))
+    except (TypeError, IndexError, AttributeError): return False
 
 def read_checkpoint(
     path:str|Path # Folder of a run that was stopped
@@ -304,12 +322,11 @@ def read_checkpoint(
     "The checkpoint in `path`. Raises a `ValueError` if there is none, or none that is whole"
     path, file = Path(path), Path(path)/'checkpoint.pth'
     if not file.is_file():
-        why = "holds a run that is finished" if (path/'args.json').is_file() else "has no checkpoint.pth; the first is written after the first epoch"
+        why = "holds a run that is finished" if (path/'args.json').is_file() else "has no checkpoint.pth, since the first is written after the first epoch: delete the folder and start again"
         raise ValueError(f"resume: {str(path)!r} {why}")
     try: saved = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"resume: {str(file)!r} is damaged, or no checkpoint: {first(str(e).splitlines()) or type(e).__name__}") from e
-    if not isinstance(saved, dict) or saved.keys() != checkpoint_kinds.keys() or not all(isinstance(saved[k], v) for k,v in checkpoint_kinds.items()) \
-        or saved['args'].keys() != {**recipes['all'], **recipes['digits']}.keys():
+    if not isinstance(saved, dict) or not saved.keys() >= checkpoint_kinds.keys() or not _fits_together(saved):
         raise ValueError(f"resume: {str(file)!r} is no checkpoint of nadam-train")
     tell_versions(file, saved['versions'])
     return saved
@@ -323,13 +340,18 @@ def load_checkpoint(
         if not ok: raise ValueError(f"resume: {msg}")
     n, now, then = max(num_distrib(), 1), data_facts(learn.dls), saved['data']
     check(now == then, f"the data has changed: {now[0]} training images in {len(now)-2} classes, it was {then[0]} in {len(then)-2}" if now[:1] != then[:1] else "the data has changed")
-    check(len(saved['rng']) == n, f"the run was trained by {len(saved['rng'])} processes, now there are {n}")
+    m = len(saved['rng'])
+    check(m == n, f"the run was trained by {m} process{'es' * (m != 1)}, now there {'are' if n != 1 else 'is'} {n}: start {command(m)}")
     check(len(saved['rows']) < saved['args']['epochs'], "all epochs are done")
     sd = get_model(learn.model).state_dict()
     odd = [k for k in {**sd, **saved['model']} if getattr(sd.get(k), 'shape', 0) != getattr(saved['model'].get(k), 'shape', 1)]
     check(not odd, f"the weights are those of another network: {odd[0] if odd else ''}")
+    ps, opt = [p for pg in learn.opt.param_lists for p in pg], saved['opt']
     try:
-        learn.opt.load_state_dict(dict(to_device(saved['opt'], learn.dls.device), hypers=L(saved['opt']['hypers'])))
+        tensors = [(p, t) for p,s in zip(ps, opt['state'], strict=True) for t in s.values() if isinstance(t, Tensor)]
+        if opt.get('slow_weights'): tensors += zip(ps, [w for ws in opt['slow_weights'] for w in ws], strict=True) # Lookahead's
+        for p,t in tensors: check(t.shape == p.shape, f"the optimizer's state is that of another network: {tuple(t.shape)} for a parameter of shape {tuple(p.shape)}")
+        learn.opt.load_state_dict(dict(to_device(opt, learn.dls.device), hypers=L(opt['hypers'])))
         set_rng_states(learn.dls, saved['rng'][rank_distrib()])
     except Exception as e: raise ValueError(f"resume: the checkpoint does not fit: {e}") from e
     get_model(learn.model).load_state_dict(saved['model'])
@@ -351,7 +373,7 @@ def out_folder(
         yield out
     except BaseException as e:
         if (out/'checkpoint.pth').exists():
-            if not isinstance(e, ValueError): print(f'\nstopped; to go on after the last whole epoch: nadam-train --resume {shlex.quote(str(given))}', flush=True)
+            if not isinstance(e, ValueError): print(f'\nstopped; to go on after the last whole epoch: {command(num_distrib())} --resume {shlex.quote(str(given))}', flush=True)
         else:
             for o in out.iterdir() if out.is_dir() and not resume else []: shutil.rmtree(o) if o.is_dir() else o.unlink()
             for o in made:

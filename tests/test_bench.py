@@ -114,6 +114,7 @@ def test_command(tmp_path, capsys):
 
 @pytest.mark.parametrize('args,message', [('--opts SGD', "opts must be among AdamW(fused), NAdam, "), ('--nets mlp,resnet35', "got 'resnet35'"), ('--rounds 0', 'rounds must be'),
     ('--tensors 0', 'tensors must be'), ('--tensors 3 --numel 0', 'numel must be'), ('--dtype int8', "dtype must be one of float32"), ('--device tpu', "device must be cpu or cuda, got 'tpu'"),
+    ('--json .', "json must be a file, got '.'"), ('--plot fig.xyz', "plot must be a file whose name ends in .png, got 'fig.xyz'"), ('--epoch --dtype bfloat16', 'epoch is for float32'),
     ('--json no/figures.json', "json: no such folder: 'no'"), ('--plot no/plot.png', "plot: no such folder: 'no'"), ('--round 3', 'unrecognized arguments')])
 def test_refused(args, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(b, 'bench_step', lambda *a, **k: pytest.fail('it measures'))

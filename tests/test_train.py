@@ -363,6 +363,8 @@ def stopped(tiny, tmp_path, stop):
 class Evil:
     def __reduce__(self): return exec, ("open('evil', 'w')",)
 
+def reshaped(opt): return {**opt, 'state': [{**s, 'grad_avg': s['grad_avg'].flatten()} for s in opt['state']]}
+
 def rewrite(file, **changed): torch.save({**torch.load(file, weights_only=True), **changed}, file)
 
 @pytest.mark.parametrize('damage,message', [
@@ -370,8 +372,11 @@ def rewrite(file, **changed): torch.save({**torch.load(file, weights_only=True),
     (lambda f: f.write_bytes(b''), 'is damaged, or no checkpoint'), (lambda f: torch.save({'model': {}}, f), 'is no checkpoint of nadam-train'),
     (lambda f: torch.save([1], f), 'is no checkpoint of nadam-train'), (lambda f: torch.save(Evil(), f), 'is damaged, or no checkpoint'),
     (lambda f: rewrite(f, rng=3), 'is no checkpoint of nadam-train'), (lambda f: rewrite(f, args={'depth': 3}), 'is no checkpoint of nadam-train'),
-    (lambda f: rewrite(f, rng=[{}]), 'does not fit'), (lambda f: rewrite(f, rng=[]), 'was trained by 0 processes, now there are 1'),
-    (lambda f: rewrite(f, rows=[[0]]*2), 'all epochs are done'), (lambda f: rewrite(f, model={}), 'those of another network'),
+    (lambda f: rewrite(f, rng=[{}]), 'does not fit'), (lambda f: rewrite(f, rng=[{}]*3), 'was trained by 3 processes, now there is 1: start torchrun --nproc_per_node 3 -m fastai_nadam.train'),
+    *((lambda f, o=o: rewrite(f, **o), 'is no checkpoint of nadam-train') for o in (dict(data=[]), dict(curves={'seed42': 3}), dict(rows=[3]), dict(rows=[['a']]), dict(smooth_loss=[]),
+        dict(hps={}), dict(lrs=[]), dict(iters=[]), dict(losses=torch.zeros(1)), dict(more=1))),
+    (lambda f: rewrite(f, opt=reshaped(torch.load(f, weights_only=True)['opt'])), "optimizer's state is that of another network"),
+    (lambda f: rewrite(f, rows=[[0]]*2, iters=[0]*2), 'all epochs are done'), (lambda f: rewrite(f, model={}), 'those of another network'),
     (lambda f: rewrite(f, args={**torch.load(f, weights_only=True)['args'], 'arch': 'squeezenet1_0'}), 'those of another network'),
     (lambda f: rewrite(f, opt={'hypers': [], 'state': []}), 'does not fit'), (lambda f: rewrite(f, data=[9, 9, 'a', 'b']), 'the data has changed: 16 training images'),
     (Path.unlink, 'has no checkpoint.pth')])
