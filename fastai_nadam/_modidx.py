@@ -71,6 +71,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_nadam.compare.fit_once': ('compare.html#fit_once', 'fastai_nadam/compare.py'),
                                       'fastai_nadam.compare.folder_dls': ('compare.html#folder_dls', 'fastai_nadam/compare.py'),
                                       'fastai_nadam.compare.folder_learner': ('compare.html#folder_learner', 'fastai_nadam/compare.py'),
+                                      'fastai_nadam.compare.in_order': ('compare.html#in_order', 'fastai_nadam/compare.py'),
                                       'fastai_nadam.compare.is_lower_better': ('compare.html#is_lower_better', 'fastai_nadam/compare.py'),
                                       'fastai_nadam.compare.lr_range': ('compare.html#lr_range', 'fastai_nadam/compare.py'),
                                       'fastai_nadam.compare.main': ('compare.html#main', 'fastai_nadam/compare.py'),

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['tasks', 'default_opts', 'opt_name', 'find_opt', 'seed_learner', 'check_learner', 'is_lower_better', 'check_metric',
-           'all_finite', 'RunRows', 'fit_once', 'read_results', 'open_results', 'with_progress', 'check_list',
-           'check_lr', 'check_seed', 'compare_opts', 'tensor_dls', 'digits_tensors', 'digits_learner', 'cancer_dls',
-           'tabular_task_learner', 'topics_tensors', 'CharGRU', 'text_task_learner', 'folder_dls', 'folder_learner',
-           'split_seeds', 'final_metrics', 'best_lrs', 'lr_range', 'mean_interval', 'reach', 'find_baseline',
-           'summarize', 'show_summary', 'sentence', 'plot_results', 'split_names', 'split_floats', 'find_task',
-           'compare', 'main']
+           'all_finite', 'RunRows', 'fit_once', 'in_order', 'read_results', 'open_results', 'with_progress',
+           'check_list', 'check_lr', 'check_seed', 'compare_opts', 'tensor_dls', 'digits_tensors', 'digits_learner',
+           'cancer_dls', 'tabular_task_learner', 'topics_tensors', 'CharGRU', 'text_task_learner', 'folder_dls',
+           'folder_learner', 'split_seeds', 'final_metrics', 'best_lrs', 'lr_range', 'mean_interval', 'reach',
+           'find_baseline', 'summarize', 'show_summary', 'sentence', 'plot_results', 'split_names', 'split_floats',
+           'find_task', 'compare', 'main']
 
 # %% ../nbs/12_compare.ipynb #03ec
 import ast, json, pickle, signal, threading, time
@@ -143,6 +143,11 @@ def fit_once(
 _run_cols = ['task', 'opt', 'lr', 'seed']
 _cols = _run_cols + ['epoch', 'train_loss', 'valid_loss', 'metric', 'seconds', 'diverged']
 
+def in_order(df, names):
+    "Results sorted by optimizer, as in `names`, then by learning rate, seed and epoch: several processes write them as they come"
+    order = {o: i for i,o in enumerate(names)}
+    return df.sort_values(['opt', 'lr', 'seed', 'epoch'], key=lambda c: c.map(order) if c.name=='opt' else c, ignore_index=True)
+
 def read_results(
     out:str|Path # Folder of a comparison
 ) -> tuple: # (DataFrame with one row per run and epoch, settings)
@@ -152,7 +157,7 @@ def read_results(
         settings = json.loads((out/'settings.json').read_text(encoding='utf-8'))['settings']
         file = out/'results.csv'
         df = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=_cols)
-        return df[_cols], settings
+        return in_order(df[_cols], settings['opts']), settings
     except (OSError, ValueError, KeyError, TypeError) as e: raise ValueError(f"out: {str(out)!r} has no results of a comparison: {e}") from e
 
 def open_results(
@@ -273,8 +278,7 @@ def compare_opts(
             rows += [dict(task=task, opt=names[i], lr=lr, seed=seed, **row) for row in res]
             if out is None: continue
             with whole_file(Path(out)/'results.csv') as f: pd.DataFrame(rows, columns=_cols).to_csv(f, index=False)
-    order = {o: i for i,o in enumerate(names)}
-    return pd.DataFrame(rows, columns=_cols).sort_values(['opt', 'lr', 'seed', 'epoch'], key=lambda c: c.map(order) if c.name=='opt' else c, ignore_index=True)
+    return in_order(pd.DataFrame(rows, columns=_cols), names)
 
 # %% ../nbs/12_compare.ipynb #29ec
 def tensor_dls(

@@ -158,12 +158,15 @@ def test_runs_of_a_seed_have_the_same_weights_and_batches():
     assert seeds[0][0][0] != seeds[1][0][0] and seeds[0][0][1:] != seeds[1][0][1:] != seeds[2][0][1:]
     assert log[0][1:6] != log[0][6:11] # each epoch has an order of its own
 
-def test_workers_give_what_one_process_gives():
+def test_workers_give_what_one_process_gives(tmp_path):
     threads = torch.get_num_threads()
     serial = compare_opts(tiny, **small)
     assert torch.get_num_threads() == threads
     def local(opt_func): return tiny(opt_func)
-    assert same(compare_opts(local if sys.platform == 'linux' else tiny, **small, task='tiny', n_workers=2), serial)
+    assert same(compare_opts(local if sys.platform == 'linux' else tiny, **small, task='tiny', n_workers=2, out=tmp_path), serial)
+    df = read_results(tmp_path)[0]
+    df.sample(frac=1).to_csv(tmp_path/'results.csv', index=False) # in whatever order they came
+    assert same(read_results(tmp_path)[0], df) and df.opt.unique().tolist() == serial.opt.unique().tolist()
 
 class Stop(Callback):
     "Stop in the middle of some run"
