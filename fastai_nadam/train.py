@@ -314,7 +314,7 @@ def _fits_together(saved):
         and saved['hps'].keys() == {'lr', 'mom'} and all(len(o) == n for o in (saved['lrs'], *saved['hps'].values()))
         and isinstance(saved['smooth_loss'][0], int) and isinstance(saved['smooth_loss'][1], Tensor)
         and all(c.keys() == {'loss', 'lr', 'mom', 'history'} and isinstance(c['history'], dict) for c in curves))
-    except (TypeError, IndexError, AttributeError): return False
+    except (TypeError, KeyError, IndexError, AttributeError): return False
 
 def read_checkpoint(
     path:str|Path # Folder of a run that was stopped
@@ -326,7 +326,7 @@ def read_checkpoint(
         raise ValueError(f"resume: {str(path)!r} {why}")
     try: saved = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"resume: {str(file)!r} is damaged, or no checkpoint: {first(str(e).splitlines()) or type(e).__name__}") from e
-    if not isinstance(saved, dict) or not saved.keys() >= checkpoint_kinds.keys() or not _fits_together(saved):
+    if not isinstance(saved, dict) or not _fits_together(saved):
         raise ValueError(f"resume: {str(file)!r} is no checkpoint of nadam-train")
     tell_versions(file, saved['versions'])
     return saved
