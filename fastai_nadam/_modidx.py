@@ -235,6 +235,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastai_nadam.train.Checkpoint._fp16': ('train.html#checkpoint._fp16', 'fastai_nadam/train.py'),
                                     'fastai_nadam.train.Checkpoint._gather': ('train.html#checkpoint._gather', 'fastai_nadam/train.py'),
                                     'fastai_nadam.train.Checkpoint._restore': ('train.html#checkpoint._restore', 'fastai_nadam/train.py'),
+                                    'fastai_nadam.train.Checkpoint._save': ('train.html#checkpoint._save', 'fastai_nadam/train.py'),
                                     'fastai_nadam.train.Checkpoint.after_epoch': ( 'train.html#checkpoint.after_epoch',
                                                                                    'fastai_nadam/train.py'),
                                     'fastai_nadam.train.Checkpoint.before_epoch': ( 'train.html#checkpoint.before_epoch',

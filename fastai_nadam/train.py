@@ -241,7 +241,7 @@ def set_rng_states(
 
 # %% ../nbs/11_train.ipynb #47ee
 class Checkpoint(Callback):
-    "Keep all that the next epoch depends on in `file`, after each epoch but the last, and go on from `saved`"
+    "Keep all that the next epoch depends on in `file`, from before the first epoch on, and go on from `saved`"
     order = 45 # before the Recorder, which logs the epoch
     def __init__(self,
         file:Path, # To write to
@@ -256,6 +256,7 @@ class Checkpoint(Callback):
     def before_epoch(self):
         if self.epoch < len(self.done): raise CancelEpochException()
         if self.saved: self._restore(self.saved)
+        elif not self.epoch: self._save(iters=[])
         self.saved = None
 
     def _restore(self, saved):
@@ -273,13 +274,14 @@ class Checkpoint(Callback):
             r.start_epoch = time.time() - seconds
             return
         self.done.append([*r.log, time.time() - r.start_epoch])
-        if self.epoch+1 == self.n_epoch: return
-        rng = [rng_states(self.dls)]
+        if self.epoch+1 < self.n_epoch: self._save(iters=[*r.iters, r.smooth_loss.count])
+
+    def _save(self, iters):
+        rng, r, fp16 = [rng_states(self.dls)], self.recorder, self._fp16()
         if num_distrib() > 1: rng = self._gather(rng[0])
         if rank_distrib(): return
-        fp16 = self._fp16()
         state = dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), scaler=fp16.scaler.state_dict() if fp16 else {}, rng=rng, rows=self.done,
-            losses=torch.stack(r.losses).as_subclass(Tensor), lrs=r.lrs, iters=[*r.iters, r.smooth_loss.count], hps=self.param_scheduler.hps,
+            losses=torch.stack(r.losses).as_subclass(Tensor) if r.losses else torch.empty(0), lrs=r.lrs, iters=iters, hps=self.param_scheduler.hps,
             smooth_loss=[r.smooth_loss.count, r.smooth_loss.val.as_subclass(Tensor)], data=data_facts(self.dls), seconds=time.time()-self.begun, **self.more)
         with whole_file(self.file) as f: torch.save(_plain(state), f)
 
@@ -310,7 +312,7 @@ def _fits_together(saved):
         rows, curves, n = saved['rows'], saved['curves'].values(), len(saved['losses'])
         return (saved.keys() == checkpoint_kinds.keys() and all(isinstance(saved[k], v) for k,v in checkpoint_kinds.items())
         and saved['args'].keys() == {**recipes['all'], **recipes['digits']}.keys() and len(saved['data']) > 2
-        and all(isinstance(v, (int, float)) for r in rows for v in r) and len({len(r) for r in rows}) == 1 and len(saved['iters']) == len(rows)
+        and all(isinstance(v, (int, float)) for r in rows for v in r) and len({len(r) for r in rows}) <= 1 and len(saved['iters']) == len(rows)
         and saved['hps'].keys() == {'lr', 'mom'} and all(len(o) == n for o in (saved['lrs'], *saved['hps'].values()))
         and isinstance(saved['smooth_loss'][0], int) and isinstance(saved['smooth_loss'][1], Tensor)
         and all(c.keys() == {'loss', 'lr', 'mom', 'history'} and isinstance(c['history'], dict) for c in curves))
@@ -322,7 +324,7 @@ def read_checkpoint(
     "The checkpoint in `path`. Raises a `ValueError` if there is none, or none that is whole"
     path, file = Path(path), Path(path)/'checkpoint.pth'
     if not file.is_file():
-        why = "holds a run that is finished" if (path/'args.json').is_file() else "has no checkpoint.pth, since the first is written after the first epoch: delete the folder and start again"
+        why = "holds a run that is finished" if (path/'args.json').is_file() else "has no checkpoint.pth: no run has begun to train in it"
         raise ValueError(f"resume: {str(path)!r} {why}")
     try: saved = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"resume: {str(file)!r} is damaged, or no checkpoint: {first(str(e).splitlines()) or type(e).__name__}") from e

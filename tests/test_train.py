@@ -269,14 +269,16 @@ def test_help_has_every_option_and_default(capsys):
 # What is stopped
 
 class Stop(Callback):
-    "Stop in the middle of an epoch"
-    def __init__(self, error, at=1): self.error, self.at = error, at
+    "Stop in the middle of an epoch, or, with `at` None, before the first"
+    def __init__(self, error, at): self.error, self.at = error, at
+    def before_fit(self):
+        if self.at is None: raise self.error
     def after_batch(self):
         if self.epoch == self.at: raise self.error
 
 @pytest.fixture
 def stop(monkeypatch):
-    "A function that runs `main`, which is stopped in the middle of an epoch"
+    "A function that runs `main`, which is stopped"
     def f(error, args, at=1):
         with monkeypatch.context() as m:
             m.setattr(room, 'run_learner', lambda *args: run_learner(*args).add_cb(Stop(error, at)))
@@ -288,23 +290,30 @@ stops = pytest.mark.parametrize('error,code', [(KeyboardInterrupt(), 130), (OSEr
 @stops
 def test_stopped_before_the_first_checkpoint(error, code, tiny, tmp_path, capfd, stop):
     (tmp_path/'empty').mkdir()
-    for out in ('a/b/new', 'empty'): assert stop(error, argv(**tiny, out=out), at=0) == code
+    for out in ('a/b/new', 'empty'): assert stop(error, argv(**tiny, out=out), at=None) == code
     assert [o.name for o in tmp_path.iterdir()] == ['empty'] and nothing_left(tmp_path/'empty')
     assert capfd.readouterr().err.count('\n') == (0 if code == 141 else 2)
 
+@pytest.mark.parametrize('at', [0, 1])
 @stops
-def test_stopped_after_it(error, code, tiny, run, tmp_path, capfd, stop):
-    assert stop(error, argv(**tiny, seed=7, out='my run')) == code
+def test_stopped_after_it(error, code, at, tiny, run, tmp_path, capfd, stop):
+    assert stop(error, argv(**tiny, seed=7, out='my run'), at) == code
     assert sorted(o.name for o in (tmp_path/'my run').iterdir()) == ['checkpoint.pth', 'history.csv']
     out, err = capfd.readouterr()
     assert code == 141 or (out.endswith("nadam-train --resume 'my run'\n") and err.count('\n') == 1)
     assert main(['--resume', 'my run']) == 0
     same_run(tmp_path/'my run', run.path)
     out = capfd.readouterr().out
-    assert code == 141 or 'goes on after 1 of 2 epochs' in out and out.count('\n0  ') == out.count('\n1  ') == 1
+    assert code == 141 or f'goes on after {at} of 2 epochs' in out and out.count('\n0  ') == out.count('\n1  ') == 1
+
+def test_stopped_in_the_only_epoch(tiny, tmp_path, stop):
+    args = argv(**{**tiny, 'epochs': 1}, runs=2)
+    assert stop(KeyboardInterrupt(), [*args, '--out=part'], at=0) == 130
+    assert main(['--resume', 'part']) == main([*args, '--out=whole']) == 0
+    same_run(tmp_path/'part', tmp_path/'whole')
 
 def test_bug_is_not_hidden(tiny, tmp_path, stop):
-    with pytest.raises(RuntimeError, match='bug'): stop(RuntimeError('bug'), argv(**tiny), at=0)
+    with pytest.raises(RuntimeError, match='bug'): stop(RuntimeError('bug'), argv(**tiny), at=None)
     assert nothing_left(tmp_path)
 
 def start(args, cwd):
@@ -338,15 +347,15 @@ def same_run(a, b):
 
 @pytest.mark.parametrize('opt', ['NAdam', 'ranger'])
 def test_killed_at_any_moment(opt, tiny, tmp_path):
-    "Killed for good in the first or the second of two runs, and the one that goes on as well"
+    "Killed for good in the first epoch, then anywhere in the first or the second of two runs"
     args = argv(**{**tiny, 'arch': 'shufflenet_v2_x0_5', 'epochs': 8}, opt=opt, runs=2)
     file, last = tmp_path/'part'/'checkpoint.pth', None
-    for more in (['--out=part', *args], ['--resume=part']):
+    for more,wait in ((['--out=part', *args], 0), (['--resume=part'], 1.5)):
         p = start(more, tmp_path)
         try:
             end = time.time() + 120
             while (not file.exists() or file.stat().st_mtime_ns == last) and p.poll() is None and time.time() < end: time.sleep(0.01)
-            time.sleep(random.uniform(0, 1.5))
+            time.sleep(random.uniform(0, wait))
             assert p.poll() is None, p.communicate()
         finally: p.kill()
         p.communicate()
