@@ -12,12 +12,18 @@ from functools import lru_cache, partial
 import torch
 
 # %% ../nbs/02_multi_tensor.ipynb #13ec
+@lru_cache
+def _block_size():
+    "Elements in a block for each thread: float32 in four lists takes 1 MiB, or 2 where a core has that much second-level cache"
+    cache = getattr(torch.cpu, 'get_capabilities', dict)().get('l2_cache_size', 0)
+    return 2**17 if cache >= 2**21 else 2**16
+
 def cut_blocks(
     ps:list, gs:list, ms:list, vs:list, # Parameters, gradients, `grad_avg` and `sqr_avg`, all of one dtype and device
-    size:int|None=None # Elements in a block; None: 1 MiB of float32 in all four lists together for each thread, 16 MiB on a GPU
+    size:int|None=None # Elements in a block; None: on a CPU what fits into the second-level caches, on a GPU 2²⁰
 ) -> list: # Of blocks, each a tuple of four lists
     "Cut four lists of tensors into blocks: small tensors are put together, large ones cut into flat views"
-    if size is None: size = 2**20 if ps[0].is_cuda else 2**16 * torch.get_num_threads()
+    if size is None: size = 2**20 if ps[0].is_cuda else _block_size() * torch.get_num_threads()
     res, block, n = [], [], 0
     for ts in zip(ps, gs, ms, vs):
         k = ts[0].numel()

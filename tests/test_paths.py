@@ -9,7 +9,7 @@ from fastai.optimizer import Adam, Lookahead
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
-from fastai_nadam.multi_tensor import cut_blocks, fused_step, pick_path, raw_tensors
+from fastai_nadam.multi_tensor import _block_size, cut_blocks, fused_step, pick_path, raw_tensors
 from paths import needs_kernel, on_path
 
 loop = dict(foreach=False, fused=False)
@@ -108,6 +108,14 @@ def test_layouts_differ_from_plain(layout):
     "The layouts above are what they say, so that the tests with them test something"
     p, = make_params([((2, 3, 4, 5), torch.float32, layout)])
     assert not p.is_contiguous() and (raw_tensors(p, p, p, p) is None) == (layout == 'gaps')
+
+@pytest.mark.parametrize('cache,n', [({}, 2**16), ({'l2_cache_size': 2**19}, 2**16), ({'l2_cache_size': 5*2**18}, 2**16), ({'l2_cache_size': 2**21}, 2**17)])
+def test_blocks_fit_the_cache(cache, n, monkeypatch, two_threads):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: cache, raising=False)
+    _block_size.cache_clear()
+    t = torch.zeros(2**19)
+    assert {p.numel() for (p,),*_ in cut_blocks([t], [t], [t], [t])} == {2*n}
+    _block_size.cache_clear()
 
 def test_blocks_hold_every_element_once():
     sizes = [(3,), (0,), (10, 10), (), (7, 1), (64,)]
