@@ -164,7 +164,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'fastai_nadam.multi_tensor._has_sgd': ( 'multi_tensor.html#_has_sgd',
                                                                                    'fastai_nadam/multi_tensor.py'),
                                            'fastai_nadam.multi_tensor._inf': ('multi_tensor.html#_inf', 'fastai_nadam/multi_tensor.py'),
-                                           'fastai_nadam.multi_tensor._sgd': ('multi_tensor.html#_sgd', 'fastai_nadam/multi_tensor.py'),
                                            'fastai_nadam.multi_tensor.cut_blocks': ( 'multi_tensor.html#cut_blocks',
                                                                                      'fastai_nadam/multi_tensor.py'),
                                            'fastai_nadam.multi_tensor.foreach_step': ( 'multi_tensor.html#foreach_step',

@@ -7,7 +7,7 @@ __all__ = ['cut_blocks', 'fused_step', 'foreach_step', 'raw_tensors', 'pick_path
 
 # %% ../nbs/02_multi_tensor.ipynb #03ec
 import math
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 
@@ -41,12 +41,12 @@ def cut_blocks(
 @lru_cache
 def _inf(device): return torch.tensor(math.inf, device=device)
 
-def _sgd(ns, gs, lr): torch._fused_sgd_(ns, gs, [], weight_decay=-1., momentum=0., lr=lr, dampening=0., nesterov=False, maximize=False, is_first_step=False)
+_sgd = dict(weight_decay=-1., momentum=0., dampening=0., nesterov=False, maximize=False, is_first_step=False)
 
 @lru_cache
 def _has_sgd(dtype):
     "Does PyTorch's fused SGD take tensors of this dtype on a CPU?"
-    try: _sgd([torch.ones(1, dtype=dtype)], [torch.ones(1, dtype=dtype)], 0.1)
+    try: torch._fused_sgd_([torch.ones(1, dtype=dtype)], [torch.ones(1, dtype=dtype)], [], lr=0.1, **_sgd)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError): return False
     return True
 
@@ -62,15 +62,16 @@ def fused_step(
     "Step the tensors in `blocks` in place with PyTorch's fused AdamW kernel"
     p, w, scale = blocks[0][0][0], a/(a+b), (a+b)*math.sqrt(debias2)
     in_place = w >= 0.25 and p.dtype in (torch.float32, torch.float64)
-    inf, sgd = _inf(p.device), not p.is_cuda and _has_sgd(p.dtype) # on a GPU only the number of calls counts
-    adamw = partial(torch._fused_adamw_, amsgrad=False, maximize=False,
-        lr=lr*scale, beta1=w*mom, beta2=sqr_mom, weight_decay=wd/scale, eps=eps*math.sqrt(debias2))
+    inf, has_sgd = _inf(p.device), not p.is_cuda and _has_sgd(p.dtype) # on a GPU only the number of calls counts
+    adamw = dict(amsgrad=False, maximize=False, lr=lr*scale, beta1=w*mom, beta2=sqr_mom, weight_decay=wd/scale, eps=eps*math.sqrt(debias2))
+    turn = 1/w - 1 if in_place else 0. # to turn n back into m
+    sgd = dict(_sgd, lr=turn)
     for ps,gs,ms,vs in blocks:
         if l2: torch._foreach_add_(gs, ps, alpha=l2)
-        adamw(ps, gs, ms if in_place else [m.clone() for m in ms], vs, [], [inf]*len(ps))
+        torch._fused_adamw_(ps, gs, ms if in_place else [m.clone() for m in ms], vs, [], [inf]*len(ps), **adamw)
         if not in_place: torch._foreach_lerp_(ms, gs, 1-mom)
-        elif b and sgd and len(ms) <= 8: _sgd(ms, gs, 1/w-1)
-        elif b: torch._foreach_lerp_(ms, gs, 1-1/w) # faster for many small tensors
+        elif b and has_sgd and len(ms) <= 8: torch._fused_sgd_(ms, gs, [], **sgd)
+        elif b: torch._foreach_lerp_(ms, gs, -turn) # faster for many small tensors
 
 # %% ../nbs/02_multi_tensor.ipynb #10ec
 @torch.no_grad()

@@ -11,6 +11,7 @@ from collections import defaultdict, namedtuple
 from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
+from operator import itemgetter
 from weakref import ref
 
 import numpy as np, torch
@@ -121,17 +122,17 @@ class _Batch:
     def __init__(self, path, group, params, states, tensors):
         self.path, self.group, self.params, self.states = path, group, params, states
         self.blocks = path and cut_blocks(*zip(*tensors))
-        self.avgs = self._avg_ids()
+        self.avgs, self.do_wd, self.new = self._avg_ids(), states[0].get('do_wd'), None
 
-    def _avg_ids(self): return [(id(o['grad_avg']), id(o['sqr_avg'])) for o in self.states]
+    def _avg_ids(self): return [list(map(id, map(itemgetter(k), self.states))) for k in _avgs]
 
     def in_step(self):
-        "Do the states still have the same averages, and the same step and products as each other?"
+        "Do the states still have the averages and `do_wd` that they had, and the numbers that the last step left?"
         if not self.path: return True
-        try: same_avgs = self._avg_ids() == self.avgs
+        if not self.new or [o.get('do_wd') for o in self.states].count(self.do_wd) < len(self.states): return False
+        try: same_avgs, vals = self._avg_ids() == self.avgs, list(map(itemgetter(*self.new), self.states))
         except KeyError: return False
-        vals = [tuple(map(o.get, _shared)) for o in self.states]
-        return same_avgs and vals.count(vals[0]) == len(vals)
+        return same_avgs and vals.count(tuple(self.new.values())) == len(vals)
 
 _Last = namedtuple('_Last', 'mark grads batches') # `grads` are weak references, so that gradients can be freed
 
@@ -139,9 +140,9 @@ def _mark(opt, todo):
     "What changes when tensors, memory, states or the choice of path are replaced; None for tensors that are not plain"
     if not todo: return
     groups, ps, gs = zip(*todo)
-    if not {*map(type, ps), *map(type, gs)} <= {Tensor, nn.Parameter} or any(g.layout != torch.strided for g in gs): return
-    return [groups, opt.foreach, opt.fused, [p.dtype for p in ps], list(map(id, opt.state.values())),
-        *(list(map(f, ts)) for ts in (ps, gs) for f in (id, Tensor.data_ptr, Tensor.stride))]
+    if not {*map(type, ps), *map(type, gs)} <= {Tensor, nn.Parameter} or {g.layout for g in gs} != {torch.strided}: return
+    return [groups, opt.foreach, opt.fused, [p.dtype for p in ps], list(map(id, ps)), list(map(id, opt.state.values())),
+        *(list(map(f, ts)) for ts in (ps, gs) for f in (Tensor.data_ptr, Tensor.stride))]
 
 class NAdamOptimizer(Optimizer):
     "A fastai `Optimizer` for the NAdam family: the update with the two numbers that `rule` gives"
@@ -187,8 +188,8 @@ class NAdamOptimizer(Optimizer):
         "Step every parameter that has a gradient and is not frozen; nothing has changed if this raises a `ValueError`"
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
         hypers = [{k: check_hyper(k, v) for k,v in h.items()} for h in self.hypers]
-        todo = [(i, p, p.grad) for i,pg in enumerate(self.param_lists) for p in pg
-            if p.grad is not None and (p.requires_grad or not isinstance(p, nn.Parameter))]
+        todo = [(i, p, g) for i,pg in enumerate(self.param_lists) for p in pg
+            if (g := p.grad) is not None and (p.requires_grad or not isinstance(p, nn.Parameter))]
         for batch in self._batches(todo): self._step_batch(batch, hypers[batch.group])
 
     def _step_batch(self, batch, hyper):
@@ -203,6 +204,7 @@ class NAdamOptimizer(Optimizer):
         if batch.blocks: batch.path(batch.blocks, **{k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')}, a=a, b=b, debias2=1-new['sqr_mom_prod'],
             wd=wd*self.decouple_wd, l2=wd*(not self.decouple_wd))
         for state in batch.states: state.update(new)
+        batch.new = new
 
     def _step_one(self, p, state, hyper):
         for cb in self.cbs:

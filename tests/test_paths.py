@@ -198,6 +198,13 @@ def retensor(opt, ps):
         for p,p2 in zip(pg, pg2): opt.state[p2] = {k: deepcopy(v) for k,v in opt.state.pop(p, {}).items()}
     return opt, [p for pg in opt.param_lists for p in pg]
 
+def same_memory(opt, ps):
+    "Other parameters, without state, that share memory and gradients with those before"
+    opt.param_lists = [[nn.Parameter(p.detach(), p.requires_grad) for p in pg] for pg in opt.param_lists]
+    new = [p for pg in opt.param_lists for p in pg]
+    for p,p2 in zip(ps, new): p2.grad = p.grad
+    return opt, new
+
 def replace_state(opt, ps):
     opt.state[ps[1]] = {k: v.clone() if torch.is_tensor(v) else v for k,v in opt.state[ps[1]].items()}
     return opt, ps
@@ -217,7 +224,7 @@ def forget_products(opt, ps):
     return opt, ps
 
 events = [o for o in (toggle_do_wd, freeze, unfreeze, clear_state, load, load_older, new_hypers, write_hypers, new_data, other_layout,
-    transpose_in_place, new_dtype, copy, repickle, retensor, replace_state, replace_average, edit_step, forget_products)]
+    transpose_in_place, new_dtype, copy, repickle, retensor, same_memory, replace_state, replace_average, edit_step, forget_products)]
 
 def steps(opt, ps, grads):
     "A few steps of a training loop that zeroes its gradients in place, so that they stay the same tensors"
@@ -226,6 +233,7 @@ def steps(opt, ps, grads):
             if not p.requires_grad: continue
             if p.grad is None: p.grad = torch.zeros_like(p)
             p.grad.add_(g.to(p.dtype))
+        if opt.path == 'steppers': opt._last = None # the reference keeps nothing from one step to the next
         opt.step()
         opt.zero_grad()
 
