@@ -122,14 +122,14 @@ class _Batch:
     def __init__(self, path, group, params, states, tensors):
         self.path, self.group, self.params, self.states = path, group, params, states
         self.blocks = path and cut_blocks(*zip(*tensors))
-        self.avgs, self.do_wd, self.new = self._avg_ids(), states[0].get('do_wd'), None
+        self.avgs, self.new = self._avg_ids(), None
 
     def _avg_ids(self): return [list(map(id, map(itemgetter(k), self.states))) for k in _avgs]
 
     def in_step(self):
-        "Do the states still have the averages and `do_wd` that they had, and the numbers that the last step left?"
+        "Do the states still have the same averages, one `do_wd`, and the numbers that the last step left?"
         if not self.path: return True
-        if not self.new or [o.get('do_wd') for o in self.states].count(self.do_wd) < len(self.states): return False
+        if not self.new or len({o.get('do_wd') for o in self.states}) > 1: return False
         try: same_avgs, vals = self._avg_ids() == self.avgs, list(map(itemgetter(*self.new), self.states))
         except KeyError: return False
         return same_avgs and vals.count(tuple(self.new.values())) == len(vals)
