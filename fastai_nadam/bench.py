@@ -171,20 +171,21 @@ def plot_growth(
 # %% ../nbs/13_bench.ipynb #36ec
 def step_parts(
     opt, # An optimizer whose parameters have gradients
-    n:int=20 # Steps to take the mean of
+    n:int=20 # Steps to take the medians of
 ) -> pd.Series: # Milliseconds of a step
     "Where the time of a step goes: PyTorch's operations, and the rest, which is Python"
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     opt.step()
-    total = np.median([seconds(opt.step) for _ in range(n)])
-    with profile(activities=[ProfilerActivity.CPU]) as prof:
-        for _ in range(n): opt.step()
-    ops = defaultdict(float)
-    for e in prof.key_averages():
-        if e.key.startswith('aten::'): ops[e.key.removeprefix('aten::').strip('_')] += e.self_cpu_time_total/n/1000
-    main = {k: v for k,v in ops.items() if v > 0.02*sum(ops.values())}
-    parts = {**main, 'other operations': sum(ops.values()) - sum(main.values())}
-    return pd.Series({**parts, 'Python': max(0., 1000*total - sum(parts.values()))})
+    total, rows = [], []
+    for _ in range(n):
+        total.append(1000*seconds(opt.step))
+        with profile(activities=[ProfilerActivity.CPU]) as prof: opt.step()
+        rows.append(defaultdict(float))
+        for e in prof.key_averages():
+            if e.key.startswith('aten::'): rows[-1][e.key.removeprefix('aten::').strip('_')] += e.self_cpu_time_total/1000
+    ops = pd.DataFrame(rows).fillna(0).median()
+    large = ops > 0.02*ops.sum()
+    return pd.Series({**ops[large], 'other operations': ops[~large].sum(), 'Python': max(0., np.median(total) - ops.sum())})
 
 def plot_parts(
     parts:dict # Name → from `step_parts`
