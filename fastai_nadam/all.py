@@ -1,8 +1,8 @@
 from .rules import *
 from .steppers import *
 from .optimizer import *
-from .insight import *
 from .interop import *
+from .insight import *
 from .data import data_path, digits_path, get_dls, image_dls
 from .train import make_learner, train
 from .compare import compare_opts, plot_results, read_results, sentence, show_summary, summarize

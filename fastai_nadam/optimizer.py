@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastcore.basics import store_attr
 from fastcore.foundation import L
 from .rules import dozat_rule, ruder_rule, running_prod
-from .multi_tensor import cut_blocks, pick_path, raw_tensors
+from .multi_tensor import cut_blocks, pick_impl, raw_tensors
 from .steppers import Optimizer, average_grad, average_sqr_grad, l2_reg, nadam_step, step_stat, weight_decay
 
 # %% ../nbs/03_optimizer.ipynb #07ec
@@ -119,16 +119,16 @@ def _load_param(i, p, state, hyper, rule):
 
 class _Batch:
     "Parameters of a group to step one by one, or, where there is a `path`, as lists of tensors that share step and running products"
-    def __init__(self, path, group, params, states, tensors):
-        self.path, self.group, self.params, self.states = path, group, params, states
-        self.blocks = path and cut_blocks(*zip(*tensors))
+    def __init__(self, impl, group, params, states, tensors):
+        self.impl, self.group, self.params, self.states = impl, group, params, states
+        self.blocks = impl and cut_blocks(*zip(*tensors))
         self.avgs, self.new = self._avg_ids(), None
 
     def _avg_ids(self): return [list(map(id, map(itemgetter(k), self.states))) for k in _avgs]
 
     def in_step(self):
         "Do the states still have the same averages, one `do_wd`, and the numbers that the last step left?"
-        if not self.path: return True
+        if not self.impl: return True
         if not self.new or len({o.get('do_wd') for o in self.states}) > 1: return False
         try: same_avgs, vals = self._avg_ids() == self.avgs, list(map(itemgetter(*self.new), self.states))
         except KeyError: return False
@@ -151,22 +151,22 @@ class NAdamOptimizer(Optimizer):
         params:Tensor|Iterable, # Parameters, or a list of parameter groups
         rule=ruder_rule, # Gives (a, b) and its running product from state and hypers, see `fastai_nadam.rules`
         decouple_wd:bool=True, # Decay the weights (AdamW), or add `wd` times the weights to the gradient (L2)?
-        foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; see `pick_path`
+        foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; see `pick_impl`
         fused:bool|None=None, # Use the fused kernel? As in `torch.optim`; both None: the fastest path, both False: the steppers
         **hypers # Default hyper-parameters: `lr`, `mom`, `sqr_mom`, `eps`, `wd`, …
     ):
         store_attr('rule,decouple_wd,foreach,fused')
         params = _check_params(params)
-        for p in params.concat(): self._path(p)
+        for p in params.concat(): self._impl(p)
         super().__init__(params, [weight_decay if decouple_wd else l2_reg, partial(average_grad, dampening=True), average_sqr_grad,
             step_stat, partial(nadam_step, rule=rule)], **hypers)
 
-    def _path(self, p): return pick_path(p.device.type, p.dtype, self.foreach, self.fused)
+    def _impl(self, p): return pick_impl(p.device.type, p.dtype, self.foreach, self.fused)
 
     @property
-    def path(self):
+    def impl(self):
         "How the parameters are stepped: 'fused', 'foreach' or 'steppers', or several of them"
-        paths = {getattr(self._path(p), '__name__', 'steppers').removesuffix('_step') for pg in self.param_lists for p in pg}
+        paths = {getattr(self._impl(p), '__name__', 'steppers').removesuffix('_step') for pg in self.param_lists for p in pg}
         return ', '.join(sorted(paths))
 
     def set_hypers(self, **kwargs):
@@ -193,7 +193,7 @@ class NAdamOptimizer(Optimizer):
         for batch in self._batches(todo): self._step_batch(batch, hypers[batch.group])
 
     def _step_batch(self, batch, hyper):
-        if batch.path is None:
+        if batch.impl is None:
             for p,state in zip(batch.params, batch.states): self._step_one(p, state, hyper)
             return
         state = batch.states[0]
@@ -201,7 +201,7 @@ class NAdamOptimizer(Optimizer):
         a, b, new = self.rule(**{**state, **hyper, 'step': step})
         new.update(step=step, sqr_mom_prod=running_prod(hyper['sqr_mom'], step, state.get('sqr_mom_prod')))
         wd = hyper['wd'] if state.get('do_wd', True) else 0.
-        if batch.blocks: batch.path(batch.blocks, **{k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')}, a=a, b=b, debias2=1-new['sqr_mom_prod'],
+        if batch.blocks: batch.impl(batch.blocks, **{k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')}, a=a, b=b, debias2=1-new['sqr_mom_prod'],
             wd=wd*self.decouple_wd, l2=wd*(not self.decouple_wd))
         for state in batch.states: state.update(new)
         batch.new = new
@@ -229,7 +229,7 @@ class NAdamOptimizer(Optimizer):
         for i,p,g,state in rows:
             _fit_state(p, state)
             if 0 in g.stride() and not g.is_contiguous(): p.grad = g = g.clone(memory_format=torch.contiguous_format)  # expanded: not writable
-            path = self._path(p)
+            path = self._impl(p)
             ts = path and raw_tensors(p, g, *map(state.get, _avgs))
             key = (path, i, p.dtype, p.device, *map(state.get, _shared)) if ts else (None, i)
             res[key].append((p, state, ts))

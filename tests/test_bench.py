@@ -128,5 +128,5 @@ def test_refused(args, message, tmp_path, capsys, monkeypatch):
 def test_no_gpu(capsys): assert main(['--device', 'cuda']) == 2 and 'there is no CUDA GPU' in capsys.readouterr().err
 
 def test_no_reference(capsys, monkeypatch):
-    monkeypatch.setattr(b, 'pick_path', lambda *args: None)
+    monkeypatch.setattr(b, 'pick_impl', lambda *args: None)
     assert main([]) == 2 and 'has no fused AdamW for float32 on cpu, to compare with' in capsys.readouterr().err

@@ -9,7 +9,7 @@ from fastai.optimizer import Adam, Lookahead
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
-from fastai_nadam.multi_tensor import _block_size, cut_blocks, fused_step, pick_path, raw_tensors
+from fastai_nadam.multi_tensor import _block_size, cut_blocks, fused_step, pick_impl, raw_tensors
 from paths import needs_kernel, on_path
 
 loop = dict(foreach=False, fused=False)
@@ -233,7 +233,7 @@ def steps(opt, ps, grads):
             if not p.requires_grad: continue
             if p.grad is None: p.grad = torch.zeros_like(p)
             p.grad.add_(g.to(p.dtype))
-        if opt.path == 'steppers': opt._last = None # the reference keeps nothing from one step to the next
+        if opt.impl == 'steppers': opt._last = None # the reference keeps nothing from one step to the next
         opt.step()
         opt.zero_grad()
 
@@ -260,7 +260,7 @@ def test_change_of_path(path):
     for kw in (path, loop, path):
         a.foreach, a.fused = kw.get('foreach'), kw.get('fused')
         for o,xs in ((a, ps), (b, qs)): steps(o, xs, [[torch.ones(p.shape) for p in ps]]*3)
-        assert a._last.batches is None or {batch.path for batch in a._last.batches} == {pick_path('cpu', torch.float32, a.foreach, a.fused)}
+        assert a._last.batches is None or {batch.impl for batch in a._last.batches} == {pick_impl('cpu', torch.float32, a.foreach, a.fused)}
     assert_same(a, b, ps, qs)
     c = NAdam(ps, 1., **loop)
     c.load_state_dict(a.state_dict())
@@ -271,10 +271,10 @@ def test_change_of_path(path):
 @needs_kernel
 def test_what_foreach_and_fused_mean():
     f32 = torch.float32
-    assert pick_path('cpu', f32) is fused_step and pick_path('cpu', f32, None, True) is fused_step
-    assert pick_path('cpu', f32, False, False) is None
+    assert pick_impl('cpu', f32) is fused_step and pick_impl('cpu', f32, None, True) is fused_step
+    assert pick_impl('cpu', f32, False, False) is None
     p = [nn.Parameter(torch.randn(2))]
-    assert [NAdam(p, 1., **o).path for o in (dict(), loop, dict(foreach=True), dict(fused=True))] == ['fused', 'steppers', 'foreach', 'fused']
+    assert [NAdam(p, 1., **o).impl for o in (dict(), loop, dict(foreach=True), dict(fused=True))] == ['fused', 'steppers', 'foreach', 'fused']
     for kw in (dict(fused=True), dict(foreach=True)):
         with pytest.raises(ValueError, match='no such kernel for torch.int32 on cpu'): NAdam([torch.zeros(2, dtype=torch.int32)], 1., **kw)
     with pytest.raises(ValueError, match='fused=True.*meta'): NAdam([torch.zeros(2, device='meta')], 1., fused=True)
@@ -284,19 +284,19 @@ def test_without_the_kernel(monkeypatch):
     "On a PyTorch that has no such kernel, the default is foreach, and fused=True an error"
     from fastai_nadam import multi_tensor
     monkeypatch.delattr(torch, '_fused_adamw_')
-    for f in (multi_tensor.pick_path, multi_tensor._has_fused): f.cache_clear()
+    for f in (multi_tensor.pick_impl, multi_tensor._has_fused): f.cache_clear()
     try:
         ps = make_params([((4, 3), torch.float32, 'plain')])
         qs = copies(ps)
         a, b = NAdam(ps, 1e-2), NAdam(qs, 1e-2, **loop)
-        assert a.path == 'foreach'
+        assert a.impl == 'foreach'
         with pytest.raises(ValueError, match='fused=True'): NAdam(ps, 1., fused=True)
         for _ in range(5):
             set_grads(ps, qs)
             a.step(); b.step()
         assert_same(a, b, ps, qs)
     finally:
-        for f in (multi_tensor.pick_path, multi_tensor._has_fused): f.cache_clear()
+        for f in (multi_tensor.pick_impl, multi_tensor._has_fused): f.cache_clear()
 
 def test_gradients_can_be_freed():
     "A loop that sets its gradients to None gets their memory back at once"
