@@ -104,20 +104,18 @@ def foreach_step(blocks, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2):
     for ps,gs,ms,vs in blocks:
         if l2: torch._foreach_add_(gs, ps, alpha=l2)
         if wd: torch._foreach_mul_(ps, 1 - lr*wd)
-        half = ps[0].dtype in (torch.float16, torch.bfloat16)
-        g, m, v = ([t.float() for t in ts] for ts in (gs, ms, vs)) if half else (gs, ms, vs)
-        torch._foreach_lerp_(m, g, 1-mom)
-        torch._foreach_mul_(v, sqr_mom)
-        torch._foreach_addcmul_(v, g, g, 1-sqr_mom)
-        num, denom = torch._foreach_mul(m, a), torch._foreach_div(v, debias2)
-        if b: torch._foreach_add_(num, g, alpha=b)
+        half, avgs = ps[0].dtype in (torch.float16, torch.bfloat16), (*ms, *vs)
+        if half: gs, ms, vs = ([t.float() for t in ts] for ts in (gs, ms, vs))
+        torch._foreach_lerp_(ms, gs, 1-mom)
+        torch._foreach_mul_(vs, sqr_mom)
+        torch._foreach_addcmul_(vs, gs, gs, 1-sqr_mom)
+        if half: torch._foreach_copy_(avgs, (*ms, *vs)) # rounded after use, as the fused kernel does
+        num, denom = torch._foreach_mul(ms, a), torch._foreach_div(vs, debias2)
+        if b: torch._foreach_add_(num, gs, alpha=b)
         torch._foreach_sqrt_(denom)
         torch._foreach_add_(denom, eps)
         torch._foreach_div_(num, denom)
         torch._foreach_add_(ps, num, alpha=-lr)
-        if half:
-            torch._foreach_copy_(ms, m)
-            torch._foreach_copy_(vs, v)
 
 # %% ../nbs/02_multi_tensor.ipynb #18ec
 def raw_tensors(
