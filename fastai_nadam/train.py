@@ -19,7 +19,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.models import tvm, xresnet
 from .cli import atomic_save, check_int, cli, has_bars, save_fig, tell_versions, versions
 from .data import check_images, data_path, downloads, get_dls, list_images
-from .optimizer import DozatNAdam, NAdam, _plain, check_hyper
+from .optimizer import DozatNAdam, NAdam, plain, check_hyper
 
 # %% ../nbs/13_train.ipynb #07ec
 opts = dict(NAdam=NAdam, DozatNAdam=DozatNAdam, Adam=Adam, RAdam=RAdam, ranger=ranger)
@@ -187,7 +187,7 @@ def fit_run(
         learn.fit_one_cycle(o.epochs, o.lr, cbs=L(cbs) + ([] if rank_distrib() else [CSVLogger()]))
     curves = run_curves(learn)
     if not rank_distrib():
-        with atomic_save(learn.path/'model.pth') as f: torch.save(dict(model=get_model(learn.model).state_dict(), opt=_plain(learn.opt.state_dict())), f)
+        with atomic_save(learn.path/'model.pth') as f: torch.save(dict(model=get_model(learn.model).state_dict(), opt=plain(learn.opt.state_dict())), f)
         save_fig(plot_runs({o.opt: curves}), learn.path/'history.png')
     return curves
 
@@ -256,7 +256,7 @@ class Checkpoint(Callback):
         state = dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), scaler=fp16.scaler.state_dict() if fp16 else {}, rng=rng, rows=self.done,
             losses=torch.stack(r.losses).as_subclass(Tensor) if r.losses else torch.empty(0), lrs=r.lrs, iters=iters, hps=self.param_scheduler.hps,
             smooth_loss=[r.smooth_loss.count, r.smooth_loss.val.as_subclass(Tensor)], data=data_facts(self.dls), seconds=time.time()-self.begun, **self.more)
-        with atomic_save(self.file) as f: torch.save(_plain(state), f)
+        with atomic_save(self.file) as f: torch.save(plain(state), f)
 
     def _fp16(self): return first(self.learn.cbs, risinstance(MixedPrecision))
 
