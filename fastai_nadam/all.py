@@ -3,7 +3,7 @@ from .steppers import *
 from .optimizer import *
 from .interop import *
 from .insight import *
-from .data import data_path, digits_path, get_dls, image_dls
+from .data import *
 from .train import make_learner, train
 from .compare import compare_opts, plot_results, read_results, sentence, show_summary, summarize
 from .bench import bench_step

@@ -22,7 +22,7 @@ from .train import make_learner as image_learner, opts as named_opts
 from fastai.tabular.all import *
 from fastai.vision.all import *
 from fastai.vision.models.xresnet import XResNet
-from .data import check_folder, check_images, data_path, digits_path, downloads, get_dls, layout_images
+from .data import check_images, data_path, digits_path, downloads, get_dls, list_images
 from .optimizer import check_hyper
 from scipy.stats import t as student_t
 
@@ -298,7 +298,7 @@ def digits_tensors(
     split:str # `train` or `val`
 ) -> tuple: # (images, classes)
     "The handwritten digits as tensors"
-    files = layout_images(digits_path()).filter(lambda o: o.parent.parent.name == split)
+    files = list_images(digits_path()).filter(lambda o: o.parent.parent.name == split)
     return torch.stack([tensor(PILImageBW.create(f))[None]/255 - 0.3 for f in files]), tensor([int(f.parent.name) for f in files])
 
 def digits_learner(
@@ -572,8 +572,7 @@ def find_task(
     path = Path(data_path(task)).absolute()
     if not path.is_dir(): raise ValueError(f"task must be one of {', '.join([*tasks, *downloads])}, or a folder of images, got {task!r}")
     if width != 1: raise ValueError("width is for the tasks with a name; for a folder, choose an arch")
-    check_folder(path)
-    check_images(path)
+    check_images(list_images(path))
     name = ', '.join([str(path), *(f'{k} {v}' for k,v in kwargs.items())])
     return dict(name=name, make_learner=partial(folder_learner, path=path, **kwargs), lrs=(1e-3, 3e-3, 1e-2, 3e-2), epochs=5)
 
