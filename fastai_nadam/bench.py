@@ -8,15 +8,16 @@ __all__ = ['reference', 'dtypes', 'find_peers', 'net_shapes', 'new_params', 'sec
            'bench_epoch', 'choose_peers', 'check_file', 'bench', 'show_steps', 'save_figures', 'main']
 
 # %% ../nbs/17_bench.ipynb #03ec
-import itertools, json, time
+import itertools, time
 from importlib.util import find_spec
 
 from fastai.vision.all import *
 from torch.profiler import ProfilerActivity, profile
-from .data import check_int, get_dls
+from .cli import check_int, cli, save_fig, save_json, versions
+from .data import get_dls
 from .multi_tensor import fused_step, pick_impl
 from .optimizer import DozatNAdam, NAdam
-from .train import archs, cli, make_learner, new_model, recipes, versions, whole_file
+from .train import archs, make_learner, new_model, recipes
 
 # %% ../nbs/17_bench.ipynb #07ec
 reference = 'AdamW(fused)'
@@ -286,9 +287,7 @@ def bench(
         print(f"\nan epoch of nadam-train; opt_s and share are the optimizer's part\n{res['epoch'].round(3).to_string()}", flush=True)
     if json: save_figures(Path(json), res, dict(device=name, dtype=dtype, rounds=rounds, versions=versions()))
     if plot:
-        fig = plot_steps(res['steps'])
-        fig.savefig(plot, dpi=120)
-        plt.close(fig)
+        save_fig(plot_steps(res['steps']), Path(plot))
     return res
 
 def show_steps(
@@ -305,7 +304,7 @@ def save_figures(
 ):
     "Write the figures as JSON"
     data = {**facts, **{k: df.reset_index(drop=df.index.name is None).to_dict('records') for k,df in tables.items()}}
-    with whole_file(file) as f: f.write((json.dumps(data, indent=2) + '\n').encode())
+    save_json(data, file)
 
 def main(
     argv:list|None=None # Arguments; None: those of the process

@@ -17,11 +17,12 @@ from concurrent import futures
 from functools import lru_cache, wraps
 from multiprocessing import get_context
 
-from .train import cli, make_learner as image_learner, opts as named_opts, versions, whole_file
+from .cli import atomic_save, check_int, cli, has_bars, save_fig, save_json, versions
+from .train import make_learner as image_learner, opts as named_opts
 from fastai.tabular.all import *
 from fastai.vision.all import *
 from fastai.vision.models.xresnet import XResNet
-from .data import check_folder, check_images, check_int, data_path, digits_path, downloads, get_dls, has_bars, layout_images
+from .data import check_folder, check_images, data_path, digits_path, downloads, get_dls, layout_images
 from .optimizer import check_hyper
 from scipy.stats import t as student_t
 
@@ -173,7 +174,7 @@ def open_results(
         return df
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise ValueError(f"out: cannot make {str(out)!r}: {e.strerror}") from e
-    with whole_file(out/'settings.json') as f: f.write((json.dumps(dict(settings=settings, versions=versions()), indent=2) + '\n').encode())
+    save_json(dict(settings=settings, versions=versions()), out/'settings.json')
     return pd.DataFrame(columns=_cols)
 
 # %% ../nbs/16_compare.ipynb #24ec
@@ -277,7 +278,7 @@ def compare_opts(
         for (i, lr, seed), res in with_progress(_parallel(fit, runs, n_workers) if n_workers else _serial(fit, runs), len(runs)):
             rows += [dict(task=task, opt=names[i], lr=lr, seed=seed, **row) for row in res]
             if out is None: continue
-            with whole_file(Path(out)/'results.csv') as f: pd.DataFrame(rows, columns=_cols).to_csv(f, index=False)
+            with atomic_save(Path(out)/'results.csv') as f: pd.DataFrame(rows, columns=_cols).to_csv(f, index=False)
     return in_order(pd.DataFrame(rows, columns=_cols), names)
 
 # %% ../nbs/16_compare.ipynb #29ec
@@ -606,8 +607,7 @@ def compare(
     metric = read_results(out)[1]['metric']
     args = dict(metric=metric, baseline=baseline, target=target)
     summary, fig = summarize(df, **args), plot_results(df, **args)
-    fig.savefig(out/'results.png', dpi=120)
-    plt.close(fig)
+    save_fig(fig, out/'results.png')
     print(f"\n{show_summary(summary, metric).to_string()}\n\nsee {out}\n{sentence(summary, metric, baseline)}")
     return df
 

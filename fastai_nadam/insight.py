@@ -20,18 +20,16 @@ from fastai.learner import Learner
 from fastai.optimizer import Lookahead, Optimizer, OptimWrapper, adam_step, l2_reg, lamb_step, radam_step, weight_decay
 from fastai.torch_core import subplots
 from .optimizer import check_hyper
-from .rules import dozat_rule, ruder_rule, running_prod
+from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
 from .steppers import dozat_step, nadam_step
 
 # %% ../nbs/05_insight.ipynb #09ec
-_no_nesterov = partial(ruder_rule, nesterov=False)
-
 # The rule each stepper follows. RAdam and LAMB debias as Adam does, and rescale the whole step afterwards
-_stepper_rules = {nadam_step: ruder_rule, dozat_step: dozat_rule, **dict.fromkeys((adam_step, radam_step, lamb_step), _no_nesterov)}
+_stepper_rules = {nadam_step: ruder_rule, dozat_step: dozat_rule, **dict.fromkeys((adam_step, radam_step, lamb_step), adam_rule)}
 
 # The rule of each torch optimizer, and whether it decouples weight decay; newer ones say the latter in their hypers
-_torch_opts = {torch.optim.NAdam: (dozat_rule, False), torch.optim.Adam: (_no_nesterov, False), torch.optim.AdamW: (_no_nesterov, True),
-    torch.optim.RAdam: (_no_nesterov, False), torch.optim.SGD: (None, False), torch.optim.RMSprop: (None, False)}
+_torch_opts = {torch.optim.NAdam: (dozat_rule, False), torch.optim.Adam: (adam_rule, False), torch.optim.AdamW: (adam_rule, True),
+    torch.optim.RAdam: (adam_rule, False), torch.optim.SGD: (None, False), torch.optim.RMSprop: (None, False)}
 
 _fastai_names = dict(exp_avg='grad_avg', momentum_buffer='grad_avg', exp_avg_sq='sqr_avg', square_avg='sqr_avg',
     mu_product='mu_prod', momentum_decay='mom_decay')
@@ -269,7 +267,7 @@ class UpdateStats(Callback):
 
 # %% ../nbs/05_insight.ipynb #52ec
 _family = {'Ruder (NAdam)': ruder_rule, 'Dozat, ψ = 0.004 (PyTorch)': dozat_rule, 'Dozat, ψ = 1 (Keras)': partial(dozat_rule, mom_decay=1.),
-    'Dozat, no warm-up (optax)': partial(dozat_rule, mom_decay=math.inf), 'no Nesterov (Adam)': _no_nesterov}
+    'Dozat, no warm-up (optax)': partial(dozat_rule, mom_decay=math.inf), 'no Nesterov (Adam)': adam_rule}
 
 def plot_rule(
     mom=0.9, # The momentum: a number, a list with one number per step, or a fastai schedule such as `combined_cos(…)`

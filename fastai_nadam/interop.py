@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from .optimizer import NAdamOptimizer, check_hyper
-from .rules import dozat_rule, ruder_rule
+from .rules import adam_rule, dozat_rule, ruder_rule
 
 # %% ../nbs/04_interop.ipynb #07ec
 _hypers = dict(lr='lr', eps='eps', wd='weight_decay', mom_decay='momentum_decay')
@@ -132,4 +132,4 @@ def from_adam(
 ) -> NAdamOptimizer: # With Ruder's rule, over the same parameters, with a copy of the state
     "A fastai optimizer that goes on where `torch_opt` is. Raises a `ValueError` if it has what NAdam has not"
     _check_type('torch_opt', torch_opt, torch.optim.Adam, torch.optim.AdamW)
-    return _from_torch(torch_opt, ruder_rule if nesterov else partial(ruder_rule, nesterov=False), foreach, fused)
+    return _from_torch(torch_opt, ruder_rule if nesterov else adam_rule, foreach, fused)

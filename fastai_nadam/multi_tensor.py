@@ -39,7 +39,7 @@ def cut_blocks(
 
 # %% ../nbs/02_multi_tensor.ipynb #07ec
 @lru_cache
-def _inf(device): return torch.tensor(math.inf, device=device)
+def _inf(device): return torch.tensor(math.inf, dtype=torch.float32, device=device) # the type that the kernels read
 
 _sgd = dict(weight_decay=-1., momentum=0., dampening=0., nesterov=False, maximize=False, is_first_step=False)
 
@@ -80,10 +80,12 @@ def foreach_step(blocks, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2):
     for ps,gs,ms,vs in blocks:
         if l2: torch._foreach_add_(gs, ps, alpha=l2)
         if wd: torch._foreach_mul_(ps, 1 - lr*wd)
+        half, avgs = ps[0].dtype in (torch.float16, torch.bfloat16), (*ms, *vs)
+        if half: gs, ms, vs = ([t.float() for t in ts] for ts in (gs, ms, vs))
         torch._foreach_lerp_(ms, gs, 1-mom)
         torch._foreach_mul_(vs, sqr_mom)
         torch._foreach_addcmul_(vs, gs, gs, 1-sqr_mom)
-        if ps[0].dtype in (torch.float16, torch.bfloat16): gs, ms, vs = ([t.float() for t in ts] for ts in (gs, ms, vs))
+        if half: torch._foreach_copy_(avgs, (*ms, *vs)) # rounded after use, as the fused kernel does
         num, denom = torch._foreach_mul(ms, a), torch._foreach_div(vs, debias2)
         if b: torch._foreach_add_(num, gs, alpha=b)
         torch._foreach_sqrt_(denom)

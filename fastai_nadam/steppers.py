@@ -7,11 +7,11 @@ __all__ = ['nadam_step', 'dozat_step']
 
 # %% ../nbs/01_steppers.ipynb #03ec
 import torch
-from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
 from .rules import dozat_rule, ruder_rule, running_prod
 
 # %% ../nbs/01_steppers.ipynb #07ec
-def nadam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, mom_prod=None, sqr_mom_prod=None, rule=ruder_rule, **kwargs):
+def nadam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, mom_prod=None, sqr_mom_prod=None, rule=ruder_rule,
+    **kwargs):
     "Step `p` along the Nesterov momentum of its gradient (Ruder 2016, arXiv 1609.04747, or another `rule` of the family)"
     a, b, prods = rule(mom=mom, step=step, mom_prod=mom_prod, **kwargs)
     sqr_mom_prod = running_prod(sqr_mom, step, sqr_mom_prod)

@@ -4,24 +4,21 @@
 
 # %% auto #0
 __all__ = ['opts', 'archs', 'recipes', 'checkpoint_kinds', 'new_model', 'check_model', 'check_gpu', 'fill_opts', 'make_learner',
-           'run_learner', 'describe', 'plain_log', 'run_curves', 'plot_runs', 'save_plot', 'whole_file', 'fit_run',
-           'rng_states', 'set_rng_states', 'Checkpoint', 'command', 'data_facts', 'read_checkpoint', 'load_checkpoint',
-           'out_folder', 'default_out', 'versions', 'tell_versions', 'save_args', 'read_args', 'suggest_lr', 'result',
-           'merge_runs', 'train', 'arg_parser', 'cli', 'main']
+           'run_learner', 'describe', 'plain_log', 'run_curves', 'plot_runs', 'fit_run', 'rng_states', 'set_rng_states',
+           'Checkpoint', 'command', 'data_facts', 'read_checkpoint', 'load_checkpoint', 'out_folder', 'default_out',
+           'save_args', 'read_args', 'suggest_lr', 'result', 'merge_runs', 'train', 'main']
 
 # %% ../nbs/13_train.ipynb #03ec
-import argparse, json, platform, shlex, time, warnings
+import json, shlex, time
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
-from importlib.metadata import version
 from importlib.util import find_spec
-from fastcore.docments import docments
 
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.models import tvm, xresnet
-from . import __version__
-from .data import check_folder, check_images, check_int, data_path, downloads, get_dls, has_bars
+from .cli import atomic_save, check_int, cli, has_bars, save_fig, tell_versions, versions
+from .data import check_folder, check_images, data_path, downloads, get_dls
 from .optimizer import DozatNAdam, NAdam, _plain, check_hyper
 
 # %% ../nbs/13_train.ipynb #07ec
@@ -179,30 +176,6 @@ def plot_runs(
     for ax in axs[0]: ax.legend()
     return fig
 
-def save_plot(
-    runs:dict, # Label → curves of a run, from `run_curves`
-    path:Path # Folder for `history.png`
-):
-    "Write the picture of `plot_runs`"
-    fig = plot_runs(runs)
-    fig.savefig(path/'history.png', dpi=120)
-    plt.close(fig)
-
-# %% ../nbs/13_train.ipynb #37wc
-@contextmanager
-def whole_file(
-    file:Path # To write to
-): # Gives the file, open for bytes
-    "A file that will be there as a whole, or as it was before, also if the program is killed meanwhile"
-    tmp = file.with_name(f'.{file.name}.part')
-    try:
-        with open(tmp, 'wb') as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        tmp.replace(file)
-    finally: tmp.unlink(missing_ok=True)
-
 # %% ../nbs/13_train.ipynb #38ec
 def fit_run(
     learn:Learner, # From `run_learner`
@@ -214,8 +187,8 @@ def fit_run(
         learn.fit_one_cycle(o.epochs, o.lr, cbs=L(cbs) + ([] if rank_distrib() else [CSVLogger()]))
     curves = run_curves(learn)
     if not rank_distrib():
-        with whole_file(learn.path/'model.pth') as f: torch.save(dict(model=get_model(learn.model).state_dict(), opt=_plain(learn.opt.state_dict())), f)
-        save_plot({o.opt: curves}, learn.path)
+        with atomic_save(learn.path/'model.pth') as f: torch.save(dict(model=get_model(learn.model).state_dict(), opt=_plain(learn.opt.state_dict())), f)
+        save_fig(plot_runs({o.opt: curves}), learn.path/'history.png')
     return curves
 
 # %% ../nbs/13_train.ipynb #47ce
@@ -283,7 +256,7 @@ class Checkpoint(Callback):
         state = dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), scaler=fp16.scaler.state_dict() if fp16 else {}, rng=rng, rows=self.done,
             losses=torch.stack(r.losses).as_subclass(Tensor) if r.losses else torch.empty(0), lrs=r.lrs, iters=iters, hps=self.param_scheduler.hps,
             smooth_loss=[r.smooth_loss.count, r.smooth_loss.val.as_subclass(Tensor)], data=data_facts(self.dls), seconds=time.time()-self.begun, **self.more)
-        with whole_file(self.file) as f: torch.save(_plain(state), f)
+        with atomic_save(self.file) as f: torch.save(_plain(state), f)
 
     def _fp16(self): return first(self.learn.cbs, risinstance(MixedPrecision))
 
@@ -392,19 +365,6 @@ def default_out(
     return first((path.with_name(f'{path.name}-{i}') if i > 1 else path for i in itertools.count(1)), lambda p: not p.exists())
 
 # %% ../nbs/13_train.ipynb #54ec
-def versions() -> dict: # Name → version
-    "Versions of what the numbers of a run depend on"
-    return {'fastai_nadam': __version__, **{k: version(k) for k in ('fastai', 'torch', 'torchvision', 'numpy', 'pillow')},
-        'python': platform.python_version()}
-
-def tell_versions(
-    file:Path, # That was made with other versions, maybe
-    then:dict # The versions, as in `versions`
-):
-    "Print which versions were others"
-    old = ', '.join(f'{k} {v}' for k,v in then.items() if versions().get(k) != v)
-    if old and not rank_distrib(): print(f'{file} was made with {old}: the numbers may differ')
-
 def save_args(
     learn:Learner, # From `run_learner`
     o:AttrDict, # Its options
@@ -458,7 +418,7 @@ def merge_runs(
     "Write `history.csv`, with a column `seed` in front, and `history.png` for all runs in `path`"
     hists = {int(k.removeprefix('seed')): pd.read_csv(path/k/'history.csv') for k in runs}
     pd.concat(hists, names=['seed']).reset_index(level=0).to_csv(path/'history.csv', index=False)
-    save_plot(runs, path)
+    save_fig(plot_runs(runs), path/'history.png')
 
 def train(
     data:str=None, # `digits`, `imagenette`, `imagewoof`, or a folder with images in train/<class>/ and val/<class>/
@@ -519,44 +479,6 @@ def train(
     learn.path = out/learn.path.relative_to(path)
     show(f'\n{result(curves, time.time()-begun)}; see {out}')
     return learn
-
-# %% ../nbs/13_train.ipynb #72ec
-class _Parser(argparse.ArgumentParser):
-    def error(self, message): self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-
-def arg_parser(
-    func, # Function whose arguments become options
-    prog:str, # Name of the command
-    defaults:dict|None=None # Argument → text of its default, where that is not the one in the signature
-) -> argparse.ArgumentParser:
-    "A parser with an option for each argument of `func`. What is not given on the command line is not in the result"
-    p = _Parser(prog=prog, description=func.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for k,v in docments(func, full=True, returns=False).items():
-        default = (defaults or {}).get(k, v.default)
-        kw = dict(action='store_true') if v.anno == bool else dict(type=v.anno, metavar=k.upper())
-        p.add_argument(f'--{k}', help=(v.docment + (f' (default: {default})' if default is not None else '')).replace('%', '%%'), **kw)
-    return p
-
-def cli(
-    func, # Function to run
-    prog:str, # Name of the command
-    argv:list|None=None, # Arguments; None: those of the process
-    defaults:dict|None=None # As in `arg_parser`
-) -> int: # Exit code
-    "Run `func` as a command"
-    def fail(code, msg):
-        if not rank_distrib(): print(f"{prog}: {' '.join(str(msg).split())}", file=sys.stderr)
-        return code
-    given = vars(arg_parser(func, prog, defaults).parse_args(argv))
-    warnings.simplefilter('ignore')
-    plt.switch_backend('agg')
-    try: func(**given)
-    except KeyboardInterrupt: return fail(130, 'interrupted')
-    except BrokenPipeError: # the reader of a pipe has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, OSError, torch.cuda.OutOfMemoryError) as e: return fail(2, e)
-    return 0
 
 # %% ../nbs/13_train.ipynb #73ec
 def main(

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastai_nadam import NAdam, bench as b
 from fastai_nadam.bench import bench_cases, bench_step, extra_memory, find_peers, interleave, main, net_shapes, new_params, reference
-from paths import needs_kernel
+from impls import needs_kernel
 
 pytestmark = needs_kernel
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam, train
 from fastai_nadam.interop import from_torch
-from paths import each_path, on_path
+from impls import each_impl, with_impl
 
 def fuzz(n, **kwargs):
     n *= int(os.environ.get('NADAM_FUZZ', 1))  # for a long search
@@ -41,20 +41,20 @@ def set_grads(ps, seed):
     g = torch.Generator().manual_seed(seed)
     for p in ps: p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
 
-def make(opt_func, path, shapes=((3, 2), (4,), ()), dtype=torch.float32, n_steps=2):
+def make(opt_func, impl, shapes=((3, 2), (4,), ()), dtype=torch.float32, n_steps=2):
     "Parameters in two groups, the last exempt from weight decay, and their optimizer after some steps"
     ps = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
-    opt = on_path(opt_func, groups(ps), path, lr=0.01, wd=0.1)
+    opt = with_impl(opt_func, groups(ps), impl, lr=0.01, wd=0.1)
     opt.state[ps[-1]]['do_wd'] = False
     for i in range(n_steps):
         set_grads(ps, i)
         opt.step()
     return ps, opt
 
-def twin(ps, opt_func, opt, path):
+def twin(ps, opt_func, opt, impl):
     "The same parameters and state again"
     qs = [nn.Parameter(p.detach().clone()) for p in ps]
-    other = on_path(opt_func, groups(qs), path, lr=0.)
+    other = with_impl(opt_func, groups(qs), impl, lr=0.)
     other.load_state_dict(opt.state_dict())
     return qs, other
 
@@ -79,13 +79,13 @@ def assert_same_run(ps, opt, qs, other, n=2):
 
 # NaN and Inf
 
-@each_path
+@each_impl
 @fuzz(10, opt_func=opt_funcs, shapes=shapes, dtype=dtypes, bad=st.sampled_from([math.nan, math.inf, -math.inf]), seed=seeds, data=st.data())
-def test_a_bad_gradient_stays_where_it_is(path, opt_func, shapes, dtype, bad, seed, data):
+def test_a_bad_gradient_stays_where_it_is(impl, opt_func, shapes, dtype, bad, seed, data):
     "Neither another parameter nor another element of the same one notices"
     torch.manual_seed(seed)
-    ps, opt = make(opt_func, path, shapes, dtype)
-    qs, other = twin(ps, opt_func, opt, path)
+    ps, opt = make(opt_func, impl, shapes, dtype)
+    qs, other = twin(ps, opt_func, opt, impl)
     sizes = [p.numel() for p in ps]
     i = data.draw(st.integers(0, len(ps)-1).filter(lambda i: sizes[i]) if any(sizes) else st.just(0), label='parameter')
     j = data.draw(st.integers(0, max(sizes[i]-1, 0)), label='element')
@@ -156,14 +156,14 @@ def test_set_hypers(opt_func, kwargs):
         set_grads(ps, 0)
         opt.step()
 
-@each_path
+@each_impl
 @fuzz(20, opt_func=opt_funcs, k=st.sampled_from(hyper_names[:5]), group=st.integers(0, 1), seed=seeds,
     bad=st.one_of(st.floats(max_value=-1e-300), st.sampled_from([math.nan, math.inf, 10**400, None, 'x', np.float64(-1), torch.tensor(math.nan), torch.ones(2)])))
-def test_hypers_that_become_invalid(path, opt_func, k, bad, group, seed):
+def test_hypers_that_become_invalid(impl, opt_func, k, bad, group, seed):
     "Written past every check, they are refused by `step`, by name; without them the run goes on as if nothing had been"
     torch.manual_seed(seed)
-    ps, opt = make(opt_func, path)
-    qs, other = twin(ps, opt_func, opt, path)
+    ps, opt = make(opt_func, impl)
+    qs, other = twin(ps, opt_func, opt, impl)
     good, opt.hypers[group][k] = opt.hypers[group][k], bad
     set_grads(ps, seed)
     before = snapshot(ps, opt)
@@ -172,13 +172,13 @@ def test_hypers_that_become_invalid(path, opt_func, k, bad, group, seed):
     opt.hypers[group][k] = good
     assert_same_run(ps, opt, qs, other)
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('k', ['mom', 'sqr_mom'])
-def test_a_schedule_that_sends_a_momentum_to_1(path, k):
+def test_a_schedule_that_sends_a_momentum_to_1(impl, k):
     class Last(Callback):
         order = 1000
         def after_step(self): self.kept = deepcopy((list(self.model.parameters()), self.opt.state_dict()))
-    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=partial(on_path, NAdam, path=path),
+    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=partial(with_impl, NAdam, impl=impl),
         cbs=[ParamScheduler({k: lambda pos: 0.9 if pos < 0.5 else 1.}), Last()])
     with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match=rf'\b{k} must be in \[0, 1\), got 1.0'): learn.fit(1, 0.1)
     ps, sd = learn.last.kept
@@ -192,13 +192,13 @@ def reshaped(p, opt): p.data = torch.zeros(7, 7)
 def bad_avg(p, opt): opt.state[p]['grad_avg'] = torch.zeros(9)
 def bad_sqr(p, opt): opt.state[p]['sqr_avg'] = torch.zeros(9)
 
-@each_path
+@each_impl
 @fuzz(10, opt_func=opt_funcs, i=st.integers(0, 2), harm=st.sampled_from([sparse, reshaped, bad_avg, bad_sqr]), seed=seeds)
-def test_a_refused_step(path, opt_func, i, harm, seed):
+def test_a_refused_step(impl, opt_func, i, harm, seed):
     "Nothing has been decayed, averaged or counted, in any group"
     torch.manual_seed(seed)
-    ps, opt = make(opt_func, path)
-    qs, other = twin(ps, opt_func, opt, path)
+    ps, opt = make(opt_func, impl)
+    qs, other = twin(ps, opt_func, opt, impl)
     set_grads(ps, seed)
     data, state = ps[i].data, dict(opt.state[ps[i]])
     harm(ps[i], opt)
@@ -238,14 +238,14 @@ def mutations(draw, sd):
         if not any(nodes(sd)): break
     return sd
 
-@each_path
+@each_impl
 @fuzz(30, opt_func=st.sampled_from([NAdam, DozatNAdam]), n_steps=st.integers(0, 2), seed=seeds, data=st.data())
-def test_broken_checkpoints(path, opt_func, n_steps, seed, data):
+def test_broken_checkpoints(impl, opt_func, n_steps, seed, data):
     "Either the optimizer can go on with it, or it is a `ValueError` and the run goes on as before"
     torch.manual_seed(seed)
-    ps, opt = make(opt_func, path)
-    qs, other = twin(ps, opt_func, opt, path)
-    sd = data.draw(mutations(make(opt_func, path, n_steps=n_steps)[1].state_dict()))
+    ps, opt = make(opt_func, impl)
+    qs, other = twin(ps, opt_func, opt, impl)
+    sd = data.draw(mutations(make(opt_func, impl, n_steps=n_steps)[1].state_dict()))
     before = snapshot(ps, opt)
     try: opt.load_state_dict(sd)
     except ValueError:
@@ -269,9 +269,9 @@ def test_broken_checkpoints(path, opt_func, n_steps, seed, data):
     (lambda sd: sd['state'][0].update(sqr_avg=torch.zeros(3, 2, dtype=torch.int32)), r'parameter 0, of shape \(3, 2\): sqr_avg must be a floating-point tensor, got torch.int32'),
     (lambda sd: sd['state'][2].update(step=0.5), r'parameter 2, of shape \(\): step must be a whole number'),
     (lambda sd: sd['hypers'][1].update(sqr_mom=1.), r'sqr_mom must be in \[0, 1\), got 1.0')])
-@each_path
-def test_what_is_wrong_with_a_checkpoint_is_named(path, change, says):
-    ps, opt = make(NAdam, path)
+@each_impl
+def test_what_is_wrong_with_a_checkpoint_is_named(impl, change, says):
+    ps, opt = make(NAdam, impl)
     sd, before = deepcopy(opt.state_dict()), snapshot(ps, opt)
     change(sd)
     with pytest.raises(ValueError, match=says): opt.load_state_dict(sd)

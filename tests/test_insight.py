@@ -12,9 +12,9 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import Adam, Lamb, Larc, Lookahead, Optimizer, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, average_grad, average_sqr_grad, ranger, step_stat
 from fastai_nadam.insight import StepTrace, UpdateStats, opt_table, plot_rule
 from fastai_nadam.optimizer import DozatNAdam, NAdam
-from fastai_nadam.rules import dozat_rule, ruder_rule
+from fastai_nadam.rules import adam_rule, dozat_rule, ruder_rule
 from fastai_nadam.steppers import dozat_step, nadam_step
-from paths import each_path, on_path
+from impls import each_impl, with_impl
 
 HYPERS = ['lr', 'mom', 'sqr_mom', 'eps', 'wd']
 TRACE = 'step param lr mom sqr_mom mom_prod debias1 debias2 a b grad grad_avg sqr_avg num p_before p_wd p'.split()
@@ -132,13 +132,13 @@ def test_no_optimizer(f, o):
 
 # StepTrace
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('wrap', [lambda o: o, Lookahead], ids=['alone', 'Lookahead'])
-def test_the_worked_example(path, wrap):
+def test_the_worked_example(impl, wrap):
     "The article's table, column for column"
     p = torch.tensor([1., 2., 3.])
     p.grad = torch.full((3,), 0.1)
-    opt = wrap(on_path(NAdam, [p], path, lr=1., mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.01))
+    opt = wrap(with_impl(NAdam, [p], impl, lr=1., mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.01))
     with StepTrace(opt) as trace:
         for _ in range(2): opt.step()
     t = trace.table()
@@ -157,7 +157,7 @@ def composed(stepper): return lambda p, **kw: Optimizer(p, [partial(average_grad
 
 # Optimizers of the family, in which the step can be computed from the columns
 FAMILY = dict(Adam=Adam, Adam_L2=partial(Adam, decouple_wd=False), composed=composed(nadam_step), composed_dozat=composed(dozat_step),
-    composed_rule=composed(partial(nadam_step, rule=dozat_rule, mom_decay=1.)), composed_adam=composed(partial(nadam_step, nesterov=False)),
+    composed_rule=composed(partial(nadam_step, rule=dozat_rule, mom_decay=1.)), composed_adam=composed(partial(nadam_step, rule=adam_rule)),
     torch_Adam=wrapped(torch.optim.Adam), torch_AdamW=wrapped(torch.optim.AdamW), torch_AdamW_foreach=wrapped(torch.optim.AdamW, foreach=True),
     torch_NAdam=wrapped(torch.optim.NAdam), torch_NAdamW=wrapped(torch.optim.NAdam, decoupled_weight_decay=True, momentum_decay=1.))
 
@@ -186,11 +186,11 @@ def check_columns(opt_func):
 @pytest.mark.parametrize('opt_func', FAMILY.values(), ids=FAMILY.keys())
 def test_the_step_follows_from_the_columns(opt_func): check_columns(opt_func)
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('decouple_wd', [True, False], ids=['decoupled', 'L2'])
 @pytest.mark.parametrize('opt_func', [NAdam, partial(DozatNAdam, mom_decay=1.), no_nesterov], ids=['NAdam', 'DozatNAdam', 'no_nesterov'])
-def test_the_step_follows_from_the_columns_on_every_path(opt_func, decouple_wd, path):
-    check_columns(lambda p, lr: on_path(opt_func, p, path, lr=lr, decouple_wd=decouple_wd))
+def test_the_step_follows_from_the_columns_on_every_path(opt_func, decouple_wd, impl):
+    check_columns(lambda p, lr: with_impl(opt_func, p, impl, lr=lr, decouple_wd=decouple_wd))
 
 def test_dozat_keeps_the_product_of_the_warmed_up_momenta():
     p = nn.Parameter(torch.randn(3))
@@ -236,10 +236,10 @@ def test_unknown_decay_is_not_guessed():
     r = trace.table().iloc[0]
     assert torch.as_tensor(r.p_wd).isnan().all() and math.isnan(r.a) and r.step == 1
 
-@each_path
-def test_what_is_not_stepped_has_no_row(path):
+@each_impl
+def test_what_is_not_stepped_has_no_row(impl):
     m = net()
-    opt = on_path(NAdam, [params(m[:2]), params(m[2:])], path, lr=0.1)
+    opt = with_impl(NAdam, [params(m[:2]), params(m[2:])], impl, lr=0.1)
     set_grads(m.parameters())
     opt.freeze()
     m[3].bias.grad = None
@@ -250,10 +250,10 @@ def test_what_is_not_stepped_has_no_row(path):
     t = trace.table()
     assert t.param.to_list() == [4, 0, 1, 2, 3, 4] and t.step.to_list() == [1, 1, 1, 1, 1, 2]
 
-@each_path
-def test_large_tensors_are_kept_as_norms(path):
+@each_impl
+def test_large_tensors_are_kept_as_norms(impl):
     ps = [nn.Parameter(torch.randn(1000, 1000)), nn.Parameter(torch.randn(101)), nn.Parameter(torch.randn(100))]
-    opt = on_path(NAdam, ps, path, lr=10., wd=0.5) # 1 - lr*wd is negative: a norm is not
+    opt = with_impl(NAdam, ps, impl, lr=10., wd=0.5) # 1 - lr*wd is negative: a norm is not
     set_grads(ps)
     with StepTrace(opt) as trace:
         for _ in range(3): opt.step()
@@ -541,7 +541,7 @@ def test_plot_rule():
         plt.close('all')
         plot_rule(mom, n=30)
         axs = np.array(plt.gcf().axes).reshape(2, -1)
-        rules = [ruder_rule, dozat_rule, partial(dozat_rule, mom_decay=1.), partial(dozat_rule, mom_decay=math.inf), partial(ruder_rule, nesterov=False)]
+        rules = [ruder_rule, dozat_rule, partial(dozat_rule, mom_decay=1.), partial(dozat_rule, mom_decay=math.inf), adam_rule]
         assert axs.shape[1] == len(rules)
         for (ax_a,ax_b),rule in zip(axs.T, rules):
             state = {}

@@ -14,7 +14,7 @@ from fastai_nadam import DozatNAdam, NAdam
 from fastai_nadam.interop import from_adam, from_torch, to_torch
 from fastai_nadam.optimizer import NAdamOptimizer
 from fastai_nadam.rules import dozat_rule
-from paths import each_path, on_path
+from impls import each_impl, with_impl
 
 shapes = [(4, 3), (4,), (), (2, 1, 3), (0, 2), (5,)]
 
@@ -57,30 +57,30 @@ def flagged(opt_func, ps, **kwargs):
     for i in (3, 4): opt.state[ps[i]]['force_train'] = True
     return opt
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('foreach', [False, True])
 @pytest.mark.parametrize('decouple_wd', [True, False])
 @pytest.mark.parametrize('mom_decay', [4e-3, 1, None])
-def test_three_legs_are_one_run(path, foreach, decouple_wd, mom_decay):
+def test_three_legs_are_one_run(impl, foreach, decouple_wd, mom_decay):
     ps = new_params()
     qs, grads = copies(ps), new_grads(ps, 15)
     grads[2][0] = grads[3][0] = None  # so that parameters have done different numbers of steps
     kwargs = dict(lr=0.1, decouple_wd=decouple_wd, mom_decay=mom_decay)
-    one = flagged(partial(on_path, DozatNAdam, path=path), qs, **kwargs)
+    one = flagged(partial(with_impl, DozatNAdam, impl=impl), qs, **kwargs)
     train(one, qs, grads)
-    opt = flagged(partial(on_path, DozatNAdam, path=path), ps, **kwargs)
+    opt = flagged(partial(with_impl, DozatNAdam, impl=impl), ps, **kwargs)
     train(opt, ps, grads[:5])
     torch_opt = to_torch(opt)
     for pg in torch_opt.param_groups: pg['foreach'] = foreach
     train(torch_opt, ps, grads[5:10])
-    opt = on_path(from_torch, torch_opt, path)
+    opt = with_impl(from_torch, torch_opt, impl)
     train(opt, ps, grads[10:])
     assert_same(ps, qs)
     assert [opt.state[p]['step'] for p in ps] == [13] + [15]*5
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
-def test_a_torch_run_goes_through_fastai(path, dtype):
+def test_a_torch_run_goes_through_fastai(impl, dtype):
     "The reverse, with groups that PyTorch's users write: weight decay in one, tensor lr, no fastai in sight"
     ps = new_params(dtype)
     qs, grads = copies(ps), new_grads(ps, 15)
@@ -90,7 +90,7 @@ def test_a_torch_run_goes_through_fastai(path, dtype):
     train(one, qs, grads)
     torch_opt = make(ps)
     train(torch_opt, ps, grads[:5])
-    opt = on_path(from_torch, torch_opt, path)
+    opt = with_impl(from_torch, torch_opt, impl)
     assert not opt.decouple_wd and len(opt.hypers) == 2
     assert opt.hypers[0] == dict(lr=0.05, mom=0.9, sqr_mom=0.999, eps=1e-8, wd=0.1, mom_decay=4e-3)
     assert opt.hypers[1] == dict(lr=0.05, mom=0.8, sqr_mom=0.99, eps=1e-8, wd=0., mom_decay=1.)
@@ -197,9 +197,9 @@ def test_a_learner_goes_on_with_it():
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
     assert {s['step'] for s in learn.opt.state.values()} == {3 + len(learn.dls.train)}
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('cls', [torch.optim.Adam, torch.optim.AdamW])
-def test_from_adam_without_nesterov_is_that_adam(path, cls):
+def test_from_adam_without_nesterov_is_that_adam(impl, cls):
     ps = new_params()
     qs, grads = copies(ps), new_grads(ps, 15)
     def make(ps): return cls([dict(params=ps[:2]), dict(params=ps[2:], betas=(0.8, 0.99), lr=0.2)], lr=0.05, weight_decay=0.1)
@@ -207,30 +207,30 @@ def test_from_adam_without_nesterov_is_that_adam(path, cls):
     train(one, qs, grads)
     torch_opt = make(ps)
     train(torch_opt, ps, grads[:5])
-    opt = on_path(partial(from_adam, nesterov=False), torch_opt, path)
+    opt = with_impl(partial(from_adam, nesterov=False), torch_opt, impl)
     train(opt, ps, grads[5:])
     assert_same(ps, qs)
 
-@each_path
-def test_from_adam_is_timms_nadamw(path):
+@each_impl
+def test_from_adam_is_timms_nadamw(impl):
     ps = new_params()
     qs, grads = copies(ps), new_grads(ps, 15)
     torch_opt = torch.optim.AdamW(ps, lr=0.05, weight_decay=0.1, fused=False)
     train(torch_opt, ps, grads[:5])
-    opt, theirs = on_path(from_adam, torch_opt, path), timm.optim.NAdamW(copies(ps))
+    opt, theirs = with_impl(from_adam, torch_opt, impl), timm.optim.NAdamW(copies(ps))
     qs = theirs.param_groups[0]['params']
     theirs.load_state_dict(deepcopy(torch_opt.state_dict()))
     train(opt, ps, grads[5:])
     train(theirs, qs, grads[5:])
     assert_same(ps, qs)
 
-@each_path
-def test_a_checkpoint_of_fastais_adam_goes_on_with_nadam(path, tmp_path):
+@each_impl
+def test_a_checkpoint_of_fastais_adam_goes_on_with_nadam(impl, tmp_path):
     "`Learner.save` and `Learner.load`, then the steps of timm's NAdamW from fastai Adam's state"
     learn = toy_learner(opt_func=Adam, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
     learn.save('adam')
-    nlearn = toy_learner(opt_func=partial(on_path, NAdam, path=path), path=tmp_path).load('adam')
+    nlearn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl), path=tmp_path).load('adam')
     ps, old = list(nlearn.model.parameters()), learn.opt
     qs = copies(ps)
     assert [h['eps'] for h in nlearn.opt.hypers] == [1e-5]  # the hypers are the checkpoint's

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from fastai_nadam import DozatNAdam, NAdam
 from fastai_nadam.optimizer import NAdamOptimizer
-from paths import each_path, on_path
+from impls import each_impl, with_impl
 
 # A little data and little models, alike in each call within a test
 
@@ -104,10 +104,10 @@ class Watch(Callback):
     def before_backward(self): self.before = snapshot(self.learn)
     def after_step(self): self.log.append((self.before, snapshot(self.learn), not self.mixed_precision.skipped))
 
-@each_path
-def test_a_skipped_step_changes_nothing(path):
+@each_impl
+def test_a_skipped_step_changes_nothing(impl):
     "The scale begins so large that the first gradients overflow"
-    learn = toy_learner(opt_func=partial(on_path, NAdam, path=path), cbs=[CPUPrecision(init_scale=2.**127), Watch()],
+    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl), cbs=[CPUPrecision(init_scale=2.**127), Watch()],
         loss_func=lambda p,y: 1000*F.cross_entropy(p, y))
     fit(learn, 4, 1e-2)
     done = [o for *_,o in learn.watch.log]
@@ -125,11 +125,11 @@ class Overflow(Callback):
     def after_backward(self):
         if self.train_iter == 5: next(self.model.parameters()).grad[0, 0] = math.inf
 
-@each_path
-def test_an_overflow_in_the_middle_is_skipped_and_training_goes_on(path):
+@each_impl
+def test_an_overflow_in_the_middle_is_skipped_and_training_goes_on(impl):
     "As if that batch had not been there"
     scale = dict(init_scale=256., growth_interval=10**6)
-    learn = toy_learner(opt_func=partial(on_path, NAdam, path=path), cbs=[CPUPrecision(torch.float32, **scale), Overflow(), Watch()])
+    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl), cbs=[CPUPrecision(torch.float32, **scale), Overflow(), Watch()])
     fit(learn, 2, 1e-2)
     assert [i for i,(*_,done) in enumerate(learn.watch.log) if not done] == [5]
     (ws,sd), (ws2,sd2), _ = learn.watch.log[5]
@@ -143,9 +143,9 @@ def test_an_overflow_in_the_middle_is_skipped_and_training_goes_on(path):
     fit(other, 2, 1e-2)
     assert_same(weights(learn), weights(other))
 
-@each_path
-def test_bfloat16_autocast(path):
-    learn, full = (toy_learner(opt_func=partial(on_path, NAdam, path=path)) for _ in range(2))
+@each_impl
+def test_bfloat16_autocast(impl):
+    learn, full = (toy_learner(opt_func=partial(with_impl, NAdam, impl=impl)) for _ in range(2))
     learn.add_cb(CPUPrecision(enabled=False))
     first, dtypes = loss_of(learn), set()
     hook = learn.model[0][0].register_forward_hook(lambda m,i,o: dtypes.add(o.dtype))
@@ -172,10 +172,10 @@ class CPUNonNative(NonNativeMixedPrecision):
         self.old_pgs, self.count = self.opt.param_lists, 0
         _copy_state(self.learn.opt, self.model_pgs, self.master_pgs)
 
-@each_path
-def test_half_precision_with_master_weights(path):
+@each_impl
+def test_half_precision_with_master_weights(impl):
     "The optimizer's parameters are others during `fit`, and their state is handed from one to the other"
-    learn, full = (toy_learner(opt_func=partial(on_path, NAdam, path=path)) for _ in range(2))
+    learn, full = (toy_learner(opt_func=partial(with_impl, NAdam, impl=impl)) for _ in range(2))
     dtypes = set()
     learn.model[0][0].register_forward_hook(lambda m,i,o: dtypes.add(o.dtype))
     for o in (learn, full): o.create_opt()
@@ -187,12 +187,12 @@ def test_half_precision_with_master_weights(path):
     assert [h['lr'] for h in learn.opt.hypers] == [1e-2]*2
     assert_same(weights(learn), weights(full), tol=0.02)
 
-@each_path
-def test_a_model_all_in_bfloat16(path):
+@each_impl
+def test_a_model_all_in_bfloat16(impl):
     class ToBFloat16(Callback):
         def before_batch(self): self.learn.xb = (self.xb[0].bfloat16(),)
         def after_pred(self): self.learn.pred = self.pred.float()
-    learn = toy_learner(linear_model().bfloat16(), opt_func=partial(on_path, NAdam, path=path), cbs=ToBFloat16())
+    learn = toy_learner(linear_model().bfloat16(), opt_func=partial(with_impl, NAdam, impl=impl), cbs=ToBFloat16())
     before = weights(learn)
     fit(learn, 4, 1e-2)
     assert_learns(learn, before)
@@ -212,41 +212,41 @@ def timm_run(clip=None, n_epoch=2, bs=bs):
             opt.zero_grad()
     return list(model.parameters())
 
-@each_path
-def test_plain_training_is_timms(path):
-    learn = toy_learner(opt_func=partial(on_path, NAdam, path=path))
+@each_impl
+def test_plain_training_is_timms(impl):
+    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl))
     fit(learn, 2, 1e-2, wd=0.1)
     assert_same(weights(learn), timm_run())
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('amp', [False, True])
-def test_gradient_clip(path, amp):
+def test_gradient_clip(impl, amp):
     "Under mixed precision, gradients are divided by the scale before they are clipped"
     cbs = [GradientClip(0.05), *([CPUPrecision(torch.float32, init_scale=1024.)] if amp else [])]
-    learn = toy_learner(opt_func=partial(on_path, NAdam, path=path), cbs=cbs)
+    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl), cbs=cbs)
     fit(learn, 2, 1e-2, wd=0.1)
     assert_same(weights(learn), timm_run(clip=0.05))
 
-@each_path
-def test_gradient_accumulation(path):
+@each_impl
+def test_gradient_accumulation(impl):
     "Steps of four batches at a time are those of one batch four times as large"
-    learn = toy_learner(dls=toy_dls(bs=4), opt_func=partial(on_path, NAdam, path=path), cbs=GradientAccumulation(16))
+    learn = toy_learner(dls=toy_dls(bs=4), opt_func=partial(with_impl, NAdam, impl=impl), cbs=GradientAccumulation(16))
     fit(learn, 2, 1e-2, wd=0.1)
     assert steps(learn) == {8}
     assert_same(weights(learn), timm_run(bs=16))
 
-@each_path
-def test_mixup(path):
-    learn = conv_learner(opt_func=partial(on_path, NAdam, path=path), cbs=MixUp())
+@each_impl
+def test_mixup(impl):
+    learn = conv_learner(opt_func=partial(with_impl, NAdam, impl=impl), cbs=MixUp())
     before = weights(learn)
     fit(learn, 2, 1e-2)
     assert_learns(learn, before)
     assert steps(learn) == {8}
 
-@each_path
-def test_channels_last(path):
+@each_impl
+def test_channels_last(impl):
     "The weights' memory is laid out anew after the optimizer was made, also in the middle of training"
-    learn, plain = (conv_learner(opt_func=partial(on_path, NAdam, path=path)) for _ in range(2))
+    learn, plain = (conv_learner(opt_func=partial(with_impl, NAdam, impl=impl)) for _ in range(2))
     for o in (learn, plain): fit(o, 1, 1e-2)
     learn.add_cb(ChannelsLast())
     for o in (learn, plain): fit(o, 2, 1e-2)
@@ -256,10 +256,10 @@ def test_channels_last(path):
 
 # What looks at the optimizer, saves it or moves its hypers
 
-@each_path
-def test_save_model_with_opt(path, tmp_path):
+@each_impl
+def test_save_model_with_opt(impl, tmp_path):
     "The run that goes on from the file is the run that was never interrupted"
-    opt_func = partial(on_path, NAdam, path=path)
+    opt_func = partial(with_impl, NAdam, impl=impl)
     whole = toy_learner(opt_func=opt_func, path=tmp_path, cbs=SaveModelCallback(every_epoch=True, with_opt=True))
     fit(whole, 3, 1e-2)
     other = toy_learner(opt_func=opt_func, path=tmp_path)
@@ -285,17 +285,17 @@ def test_early_stopping():
     fit(learn, 10, 1e-2)
     assert steps(learn) == {6*4}
 
-@each_path
-def test_reduce_lr_on_plateau(path):
-    learn = toy_learner(opt_func=partial(on_path, NAdam, path=path), cbs=ReduceLROnPlateau(min_delta=100., patience=1))
+@each_impl
+def test_reduce_lr_on_plateau(impl):
+    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl), cbs=ReduceLROnPlateau(min_delta=100., patience=1))
     fit(learn, 3, slice(1e-2, 1e-1))
     np.testing.assert_allclose([h['lr'] for h in learn.opt.hypers], [1e-4, 1e-3])
     np.testing.assert_allclose(learn.recorder.lrs, [0.1]*8 + [0.01]*4)
 
-@each_path
-def test_fine_tune(path):
+@each_impl
+def test_fine_tune(impl):
     "First the head alone, batch norm excepted; then all"
-    learn = conv_learner(opt_func=partial(on_path, NAdam, path=path))
+    learn = conv_learner(opt_func=partial(with_impl, NAdam, impl=impl))
     class Frozen(Callback):
         def after_fit(self):
             if self.opt.frozen_idx: self.frozen_end = snapshot(self.learn)
@@ -319,14 +319,14 @@ def test_frozen_again_after_training():
     fit(learn, 2, 1e-2, wd=0.1)
     for p,q in zip(body, learn.model[0].parameters()): assert torch.equal(p, q)
 
-@each_path
-def test_every_hyper_can_be_scheduled(path):
+@each_impl
+def test_every_hyper_can_be_scheduled(impl):
     sched = dict(lr=SchedExp(1e-2, 1e-4), mom=combined_cos(0.25, 0.95, 0.85, 0.95), sqr_mom=SchedLin(0.9, 0.99), eps=SchedExp(1e-3, 1e-8), wd=SchedCos(0.2, 0.),
         mom_decay=SchedLin(0.004, 1.))
     class Log(Callback):
         def before_fit(self): self.hypers = []
         def before_step(self): self.hypers.append({k: float(v) for k,v in self.opt.hypers[-1].items()})
-    learn = toy_learner(opt_func=partial(on_path, DozatNAdam, path=path), cbs=[ParamScheduler(sched), Log()])
+    learn = toy_learner(opt_func=partial(with_impl, DozatNAdam, impl=impl), cbs=[ParamScheduler(sched), Log()])
     fit(learn, 2, 1.)
     log = pd.DataFrame(learn.log.hypers)
     assert len(log) == 8 and (log.nunique() == 8).sum() >= 5
@@ -335,15 +335,15 @@ def test_every_hyper_can_be_scheduled(path):
     for s in learn.opt.state.values():
         assert math.isclose(s['sqr_mom_prod'], log.sqr_mom.prod()) and math.isclose(s['mu_prod'], mu.prod())
 
-@each_path
-def test_one_cycle_keeps_the_product_of_its_momenta(path):
-    learn = toy_learner(opt_func=partial(on_path, NAdam, path=path))
+@each_impl
+def test_one_cycle_keeps_the_product_of_its_momenta(impl):
+    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl))
     quietly(learn, 'fit_one_cycle', 2, 1e-2)
     for s in learn.opt.state.values(): assert math.isclose(s['mom_prod'], np.prod(learn.recorder.hps['mom']))
 
-@each_path
-def test_lr_find_leaves_everything_as_it_was(path, tmp_path):
-    learn = toy_learner(opt_func=partial(on_path, NAdam, path=path), path=tmp_path)
+@each_impl
+def test_lr_find_leaves_everything_as_it_was(impl, tmp_path):
+    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl), path=tmp_path)
     quietly(learn, 'fit_one_cycle', 1, 1e-2)
     ws, sd = snapshot(learn)
     found = quietly(learn, 'lr_find', num_it=20, show_plot=False)
@@ -369,10 +369,10 @@ def test_export_and_load_learner(opt_func, tmp_path):
     fit(other, 1, 1e-2)
     assert steps(other) == {4}
 
-@each_path
-def test_lookahead(path):
+@each_impl
+def test_lookahead(impl):
     "Every second step, the weights go half of the way from the slow ones to the fast ones"
-    opt_func = partial(on_path, NAdam, path=path)
+    opt_func = partial(with_impl, NAdam, impl=impl)
     learn = toy_learner(opt_func=lambda ps, lr: Lookahead(opt_func(ps, lr=lr), k=2, alpha=0.5))
     fit(learn, 2, 1e-2)
     class Slow(Callback):
@@ -391,13 +391,13 @@ def test_lookahead(path):
 
 def tiny_arch(pretrained=False): return nn.Sequential(*conv_model()[0], nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(8, 2))
 
-@each_path
-def test_vision_learner(path):
+@each_impl
+def test_vision_learner(impl):
     x = np.random.default_rng(0).integers(0, 255, (n, 12, 12, 3), dtype=np.uint8)
     db = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: PILImage.create(x[i]), get_y=lambda i: int(x[i].mean() > 127),
         splitter=RandomSplitter(0.25, seed=0), item_tfms=Resize(8))
     dls = db.dataloaders(range(n), bs=bs, device='cpu', num_workers=0)
-    learn = vision_learner(dls, tiny_arch, opt_func=partial(on_path, NAdam, path=path), pretrained=False, cut=2, splitter=split, lin_ftrs=[8])
+    learn = vision_learner(dls, tiny_arch, opt_func=partial(with_impl, NAdam, impl=impl), pretrained=False, cut=2, splitter=split, lin_ftrs=[8])
     before = weights(learn)
     quietly(learn, 'fine_tune', 1, 1e-2)
     assert_learns(learn, before)
@@ -406,24 +406,24 @@ def test_vision_learner(path):
         assert s.get('do_wd', True) == (p.ndim > 1)
         assert s['step'] == 3  # `unfreeze` has cleared the state of the frozen epoch, and kept do_wd
 
-@each_path
-def test_tabular_learner(path):
+@each_impl
+def test_tabular_learner(impl):
     rng = np.random.default_rng(0)
     df = pd.DataFrame(dict(kind=rng.choice(list('abc'), n), size=rng.normal(size=n), y=rng.normal(size=n).astype(np.float32)))
     dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['kind'], cont_names=['size'], y_names='y', valid_idx=range(16), bs=bs, device='cpu')
-    learn = tabular_learner(dls, layers=[8], opt_func=partial(on_path, NAdam, path=path), y_range=(-4, 4))
+    learn = tabular_learner(dls, layers=[8], opt_func=partial(with_impl, NAdam, impl=impl), y_range=(-4, 4))
     before = weights(learn)
     quietly(learn, 'fit_one_cycle', 3, 1e-2)
     assert_learns(learn, before)
     assert steps(learn) == {9}
 
-@each_path
-def test_collab_learner(path):
+@each_impl
+def test_collab_learner(impl):
     "The embedding of a user who rated nothing gets gradients of zero, and moves by weight decay only"
     rng = np.random.default_rng(0)
     df = pd.DataFrame(dict(user=rng.integers(0, 10, n), item=rng.integers(0, 20, n), rating=rng.integers(1, 6, n).astype(np.float32)))
     dls = CollabDataLoaders.from_df(df, bs=bs, device='cpu', seed=0)
-    learn = collab_learner(dls, n_factors=4, y_range=(0, 6), opt_func=partial(on_path, NAdam, path=path))
+    learn = collab_learner(dls, n_factors=4, y_range=(0, 6), opt_func=partial(with_impl, NAdam, impl=impl))
     before, unused = weights(learn), learn.model.u_weight.weight[0].detach().clone()  # row 0 is for unknown users
     fit(learn, 2, 1e-2, wd=0.1)
     assert_learns(learn, before)
@@ -445,18 +445,18 @@ def class_dls(): return text_dls(label_col='label', bs=bs)
 
 tiny_rnn = dict(emb_sz=8, n_hid=8, n_layers=2)
 
-@each_path
-def test_language_model_learner(path, lm_dls):
-    learn = language_model_learner(lm_dls, AWD_LSTM, config={**awd_lstm_lm_config, **tiny_rnn}, pretrained=False, opt_func=partial(on_path, NAdam, path=path))
+@each_impl
+def test_language_model_learner(impl, lm_dls):
+    learn = language_model_learner(lm_dls, AWD_LSTM, config={**awd_lstm_lm_config, **tiny_rnn}, pretrained=False, opt_func=partial(with_impl, NAdam, impl=impl))
     before = weights(learn)
     quietly(learn, 'fit_one_cycle', 1, 1e-2)
     assert_learns(learn, before)
     assert steps(learn) == {len(lm_dls.train)}
 
-@each_path
-def test_text_classifier_learner(path, class_dls):
+@each_impl
+def test_text_classifier_learner(impl, class_dls):
     "Unfrozen group by group, as ULMFiT does"
-    learn = text_classifier_learner(class_dls, AWD_LSTM, config={**awd_lstm_clas_config, **tiny_rnn}, pretrained=False, opt_func=partial(on_path, NAdam, path=path))
+    learn = text_classifier_learner(class_dls, AWD_LSTM, config={**awd_lstm_clas_config, **tiny_rnn}, pretrained=False, opt_func=partial(with_impl, NAdam, impl=impl))
     start = weights(learn)
     learn.create_opt()
     assert len(learn.opt.param_lists) == 4

@@ -1,4 +1,4 @@
-"The contracts of the factories, of hypers and of state, on every path"
+"The contracts of the factories, of hypers and of state, in every implementation"
 import io, random
 from collections import defaultdict
 from copy import deepcopy
@@ -13,7 +13,7 @@ from fastai.test_utils import RegModel, synth_dbunch
 from fastcore.foundation import L
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
-from paths import each_path, on_path
+from impls import each_impl, with_impl
 
 def model(): return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1))
 
@@ -52,10 +52,10 @@ def test_bad_mom_decay():
     opt = DozatNAdam(model().parameters(), 0.1, mom_decay=None)
     assert opt.hypers[0]['mom_decay'] == float('inf')
 
-@each_path
-def test_set_hypers_sets_all_or_none(path):
+@each_impl
+def test_set_hypers_sets_all_or_none(impl):
     m = model()
-    opt = on_path(NAdam, groups(m), path, lr=0.1)
+    opt = with_impl(NAdam, groups(m), impl, lr=0.1)
     train(m, opt)
     before = snapshot(opt)
     with pytest.raises(ValueError, match='sqr_mom.*1.0'): opt.set_hypers(lr=0.5, sqr_mom=[0.9, 1.0, 0.9])
@@ -69,12 +69,12 @@ def test_set_hypers_forms():
     assert list(opt.hypers.itemgot('lr')) == [0.1, 0.1, 1.] and list(opt.hypers.itemgot('mom')) == [0.5]*3 and list(opt.hypers.itemgot('wd')) == [0, 0.1, 0.5]
     assert all(type(v) is float for h in opt.hypers for v in h.values())
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('wrap', [lambda o: o, Lookahead])
-def test_step_refuses_bad_hypers(path, wrap):
+def test_step_refuses_bad_hypers(impl, wrap):
     "Also those that were written past `set_hypers`, as Lookahead does"
     m = model()
-    inner = on_path(NAdam, groups(m), path, lr=0.1)
+    inner = with_impl(NAdam, groups(m), impl, lr=0.1)
     opt = wrap(inner)
     train(m, opt)
     for p in m.parameters(): p.grad = torch.ones_like(p)
@@ -86,9 +86,9 @@ def test_step_refuses_bad_hypers(path, wrap):
     opt.step()
 
 @both
-@each_path
-def test_all_hypers_can_be_scheduled(path, opt_func):
-    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=lambda ps, **kw: on_path(opt_func, ps, path, **kw), lr=0.01)
+@each_impl
+def test_all_hypers_can_be_scheduled(impl, opt_func):
+    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=lambda ps, **kw: with_impl(opt_func, ps, impl, **kw), lr=0.01)
     hypers = {k: SchedLin(*v) for k,v in dict(lr=(0.1, 0.01), mom=(0.5, 0.9), sqr_mom=(0.8, 0.99), eps=(1e-5, 1e-8), wd=(0.1, 0.)).items()}
     if opt_func is DozatNAdam: hypers['mom_decay'] = SchedLin(1, 0.004)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=ParamScheduler(hypers))
@@ -119,11 +119,11 @@ def test_forms_of_params():
     assert n(groups(m)) == n(L(L(o) for o in groups(m))) == n(map(tuple, groups(m))) == n([o.parameters() for o in m]) == [2, 2, 2]
     assert n(m[0].weight) == [1] and n([[m[0].weight], []]) == [1, 0]
 
-@each_path
+@each_impl
 @both
-def test_sparse_gradient(path, opt_func):
+def test_sparse_gradient(impl, opt_func):
     dense, emb = nn.Linear(3, 2), nn.Embedding(10, 3, sparse=True)
-    opt = on_path(opt_func, [*dense.parameters(), *emb.parameters()], path, lr=0.1, wd=0.1)
+    opt = with_impl(opt_func, [*dense.parameters(), *emb.parameters()], impl, lr=0.1, wd=0.1)
     for p in dense.parameters(): p.grad = torch.ones_like(p)
     opt.step()
     emb(torch.tensor([1, 2])).sum().backward()
@@ -131,14 +131,14 @@ def test_sparse_gradient(path, opt_func):
     with pytest.raises(ValueError, match=r'sparse.*\(10, 3\).*torch.sparse_coo'): opt.step()
     assert_unchanged(before, opt)
 
-@each_path
-def test_closure(path):
-    with pytest.raises(NotImplementedError): on_path(NAdam, model().parameters(), path, lr=0.1).step(lambda: 0)
+@each_impl
+def test_closure(impl):
+    with pytest.raises(NotImplementedError): with_impl(NAdam, model().parameters(), impl, lr=0.1).step(lambda: 0)
 
-@each_path
-def test_changed_shape(path):
+@each_impl
+def test_changed_shape(impl):
     p, q = (nn.Parameter(torch.randn(3)) for _ in range(2))
-    opt = on_path(NAdam, [p, q], path, lr=0.1)
+    opt = with_impl(NAdam, [p, q], impl, lr=0.1)
     for o in (p, q): o.grad = torch.ones(3)
     opt.step()
     q.data, q.grad = torch.randn(4), None
@@ -151,12 +151,12 @@ def test_changed_shape(path):
 
 # freezing and weight decay
 
-@each_path
+@each_impl
 @both
 @pytest.mark.parametrize('wrap', [lambda o: o, partial(Lookahead, k=2)])
-def test_frozen_does_not_move(path, opt_func, wrap):
+def test_frozen_does_not_move(impl, opt_func, wrap):
     m = model()
-    opt = wrap(on_path(opt_func, groups(m), path, lr=0.1, wd=0.1))
+    opt = wrap(with_impl(opt_func, groups(m), impl, lr=0.1, wd=0.1))
     train(m, opt)
     opt.freeze()
     opt.clear_state()  # as Learner.freeze does; Lookahead's slow weights begin anew
@@ -169,17 +169,17 @@ def test_frozen_does_not_move(path, opt_func, wrap):
     train(m, opt)
     assert all(not torch.equal(a, b) for a,b in zip(before, values(m)))
 
-@each_path
-def test_plain_tensor_steps(path):
+@each_impl
+def test_plain_tensor_steps(impl):
     p = torch.randn(3)
     before, p.grad = p.clone(), torch.ones(3)
-    on_path(NAdam, [p], path, lr=0.1).step()
+    with_impl(NAdam, [p], impl, lr=0.1).step()
     assert not torch.equal(before, p)
 
-@each_path
-def test_force_train(path):
+@each_impl
+def test_force_train(impl):
     m = model()
-    opt = on_path(NAdam, groups(m), path, lr=0.1, wd=0.1)
+    opt = with_impl(NAdam, groups(m), impl, lr=0.1, wd=0.1)
     for p in m[1].parameters(): opt.state[p]['force_train'] = True
     opt.freeze()
     before = values(m)
@@ -188,12 +188,12 @@ def test_force_train(path):
     opt.clear_state()
     assert all(opt.state[p] == {'force_train': True} for p in m[1].parameters())
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('decouple_wd', [True, False])
-def test_do_wd(path, decouple_wd):
+def test_do_wd(impl, decouple_wd):
     "Without it there is no decay, decoupled or L2, also when it changes on the way; L2 stands in the gradient, as in fastai"
     p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
-    opt = on_path(NAdam, [p, q], path, lr=0.1, wd=0.5, decouple_wd=decouple_wd)
+    opt = with_impl(NAdam, [p, q], impl, lr=0.1, wd=0.5, decouple_wd=decouple_wd)
     opt.state[p]['do_wd'] = False
     for i in range(8):
         if i == 4: opt.state[p]['do_wd'], opt.state[q]['do_wd'] = True, False
@@ -217,11 +217,11 @@ def test_learner_sets_do_wd_and_force_train():
 
 # saving and loading
 
-@each_path
+@each_impl
 @both
-def test_resumes_exactly(path, opt_func):
+def test_resumes_exactly(impl, opt_func):
     m = model()
-    opt = on_path(opt_func, groups(m), path, lr=0.1, wd=0.1)
+    opt = with_impl(opt_func, groups(m), impl, lr=0.1, wd=0.1)
     opt.state[m[0].bias]['do_wd'] = False
     train(m, opt)
     opt.set_hypers(mom=np.float64(0.8), lr=slice(np.float64(0.01), 0.1))
@@ -230,7 +230,7 @@ def test_resumes_exactly(path, opt_func):
     buf.seek(0)
     sd = torch.load(buf, weights_only=True)
     m2 = deepcopy(m)
-    opt2 = on_path(opt_func, groups(m2), path, lr=9., wd=0.)
+    opt2 = with_impl(opt_func, groups(m2), impl, lr=9., wd=0.)
     opt2.load_state_dict(sd)
     assert isinstance(opt2.state, defaultdict) and isinstance(opt2.hypers, L)
     for x,o in ((m, opt), (m2, opt2)):
@@ -261,10 +261,10 @@ def test_state_dict_is_plain_after_one_cycle(wrap):
     sd.pop('slow_weights', None)  # Lookahead's own
     check(sd)
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('source', [Adam, RAdam])
 @both
-def test_loads_fastai_checkpoints(path, opt_func, source):
+def test_loads_fastai_checkpoints(impl, opt_func, source):
     "The running products are taken as powers, hypers that are missing stay, and flags come along"
     m = model()
     other = source(groups(m), 0.1, mom=0.8, sqr_mom=0.95)
@@ -272,7 +272,7 @@ def test_loads_fastai_checkpoints(path, opt_func, source):
     train(m, other, 4)
     sd = other.state_dict()
     for h in sd['hypers']: h.pop('wd')
-    opt = on_path(opt_func, groups(m), path, lr=9., wd=0.3)
+    opt = with_impl(opt_func, groups(m), impl, lr=9., wd=0.3)
     opt.load_state_dict(sd)
     s, h = opt.state[m[0].bias], opt.hypers[0]
     assert h['lr'] == 0.1 and h['mom'] == 0.8 and h['wd'] == 0.3 and s['do_wd'] is False and s['step'] == 4
@@ -326,11 +326,11 @@ def broken(sd, i, **kwargs):
         else: sd['state'][i][k] = v
     return sd
 
-@each_path
+@each_impl
 @both
-def test_refused_checkpoints(path, opt_func):
+def test_refused_checkpoints(impl, opt_func):
     m = model()
-    opt = on_path(opt_func, groups(m), path, lr=0.1)
+    opt = with_impl(opt_func, groups(m), impl, lr=0.1)
     train(m, opt)
     sd, before = opt.state_dict(), snapshot(opt)
     cases = [({}, 'hypers'), ([], 'list'), (dict(sd, state=sd['state'][:-1]), '5 parameters.*6'), (dict(sd, hypers=sd['hypers'][:2]), '2 parameter groups.*3'),

@@ -8,7 +8,7 @@ from fastai.optimizer import Adam, Optimizer, average_grad, average_sqr_grad, st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
 from fastai_nadam.steppers import dozat_step, nadam_step
-from paths import each_path, on_path
+from impls import each_impl, with_impl
 
 shapes = [(4, 3), (7,), (), (1,), (2, 3, 1, 5), (0, 2), (300, 11)]
 
@@ -41,30 +41,30 @@ def example():
     p.grad = torch.full((3,), 0.1)
     return p
 
-@each_path
-def test_worked_example(path):
+@each_impl
+def test_worked_example(impl):
     p = example()
-    check_article(on_path(NAdam, [p], path, lr=1.), p)
+    check_article(with_impl(NAdam, [p], impl, lr=1.), p)
 
 def test_worked_example_as_steppers():
     p = example()
     cbs = [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, nadam_step]
     check_article(Optimizer([p], cbs, lr=1., mom=0.9, sqr_mom=0.99, wd=0.01), p)
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('wd,decouple_wd', [(0., True), (0.1, True), (0.1, False)])
-def test_torch_nadam(path, wd, decouple_wd):
+def test_torch_nadam(impl, wd, decouple_wd):
     ps = params()
     qs, grads = copies(ps), grads_for(ps)
-    train(on_path(DozatNAdam, ps, path, lr=0.01, wd=wd, decouple_wd=decouple_wd), ps, grads)
+    train(with_impl(DozatNAdam, ps, impl, lr=0.01, wd=wd, decouple_wd=decouple_wd), ps, grads)
     train(torch.optim.NAdam(qs, lr=0.01, weight_decay=wd, decoupled_weight_decay=decouple_wd), qs, grads)
     assert_close(ps, qs)
 
-@each_path
-def test_timm_nadamw(path):
+@each_impl
+def test_timm_nadamw(impl):
     ps = params()
     qs, grads = copies(ps), grads_for(ps)
-    train(on_path(NAdam, ps, path, lr=0.01, sqr_mom=0.999, wd=0.05), ps, grads)
+    train(with_impl(NAdam, ps, impl, lr=0.01, sqr_mom=0.999, wd=0.05), ps, grads)
     train(timm.optim.NAdamW(qs, lr=0.01, betas=(0.9, 0.999), weight_decay=0.05), qs, grads)
     assert_close(ps, qs)
 
@@ -88,21 +88,21 @@ def optax_nadam(p, grads, lr, b1, b2, eps):
         p = p - lr*m_hat/((v/(1-b2**t)).sqrt() + eps)
     return p
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('ref,mom_decay,eps', [(keras_nadam, 1, 1e-7), (optax_nadam, None, 1e-8)])
-def test_keras_and_optax(path, ref, mom_decay, eps):
+def test_keras_and_optax(impl, ref, mom_decay, eps):
     ps = params()
     grads = grads_for(ps)
     want = [ref(p.detach().double(), [gs[i].double() for gs in grads], 0.01, 0.9, 0.999, eps) for i,p in enumerate(ps)]
-    train(on_path(DozatNAdam, ps, path, lr=0.01, mom_decay=mom_decay, eps=eps), ps, grads)
+    train(with_impl(DozatNAdam, ps, impl, lr=0.01, mom_decay=mom_decay, eps=eps), ps, grads)
     assert_close(ps, want)
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('decouple_wd', [True, False])
-def test_without_nesterov_is_adam(path, decouple_wd):
+def test_without_nesterov_is_adam(impl, decouple_wd):
     ps = params()
     qs, rs, grads = copies(ps), copies(ps), grads_for(ps)
-    train(on_path(NAdam, ps, path, lr=0.01, eps=1e-5, wd=0.1, decouple_wd=decouple_wd, nesterov=False), ps, grads)
+    train(with_impl(NAdam, ps, impl, lr=0.01, eps=1e-5, wd=0.1, decouple_wd=decouple_wd, nesterov=False), ps, grads)
     train(Adam(qs, lr=0.01, wd=0.1, decouple_wd=decouple_wd), qs, grads)
     torchs = torch.optim.AdamW if decouple_wd else torch.optim.Adam
     train(torchs(rs, lr=0.01, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.1), rs, grads)
@@ -123,11 +123,11 @@ def reference(p, grads, hypers, rule, wd, l2=False):
         p = p - lr*(x*m + y*g)/((v/(1-V)).sqrt() + 1e-8)
     return p
 
-@each_path
+@each_impl
 @pytest.mark.parametrize('rule', ['ruder', 'adam', 'dozat'])
 @pytest.mark.parametrize('decouple_wd', [True, False])
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-11), (torch.float32, 2e-5)])
-def test_any_schedule(path, rule, decouple_wd, dtype, tol):
+def test_any_schedule(impl, rule, decouple_wd, dtype, tol):
     "lr, mom and sqr_mom change at every step, over the whole range that they may have"
     ps, n = params(torch.float64), 30
     grads = grads_for(ps, n)
@@ -136,16 +136,16 @@ def test_any_schedule(path, rule, decouple_wd, dtype, tol):
     want = [reference(p.detach(), [gs[i] for gs in grads], hypers, rule, 0.1, not decouple_wd) for i,p in enumerate(ps)]
     f = {'ruder': NAdam, 'adam': partial(NAdam, nesterov=False), 'dozat': DozatNAdam}[rule]
     ps = copies(ps, dtype)
-    opt = on_path(f, ps, path, lr=1., wd=0.1, decouple_wd=decouple_wd)
+    opt = with_impl(f, ps, impl, lr=1., wd=0.1, decouple_wd=decouple_wd)
     train(opt, ps, grads, lambda opt,i: opt.set_hypers(**dict(zip(('lr', 'mom', 'sqr_mom'), hypers[i]))))
     assert_close(ps, want, tol)
 
-@each_path
-def test_debiased_averages_of_a_constant_gradient_are_the_gradient(path):
+@each_impl
+def test_debiased_averages_of_a_constant_gradient_are_the_gradient(impl):
     "m/(1−P) and v/(1−V) from the state, at random momenta; m/(1−mom**step) is checked to be wrong, so that this can fail"
     p = nn.Parameter(torch.randn(5, dtype=torch.float64))
     g = torch.randn(5, dtype=torch.float64)
-    opt, power = on_path(NAdam, [p], path, lr=0.1), []
+    opt, power = with_impl(NAdam, [p], impl, lr=0.1), []
     for _ in range(20):
         mom, sqr_mom = torch.rand(2).tolist()
         opt.set_hypers(mom=mom, sqr_mom=sqr_mom)
@@ -170,19 +170,19 @@ def test_steppers_in_a_plain_optimizer_follow_schedules_too():
 @pytest.mark.parametrize('mom', [0., 1e-6, 0.1, 0.999999])
 @pytest.mark.parametrize('sqr_mom', [0., 0.5, 0.999999])
 @pytest.mark.parametrize('f,rule', [(NAdam, 'ruder'), (DozatNAdam, 'dozat')])
-@each_path
-def test_ends_of_the_range(path, f, rule, mom, sqr_mom):
+@each_impl
+def test_ends_of_the_range(impl, f, rule, mom, sqr_mom):
     p = nn.Parameter(torch.randn(50, dtype=torch.float64))
     grads = [[torch.randn(50, dtype=torch.float64)] for _ in range(10)]
     want = reference(p.detach(), [g for g, in grads], [(0.1, mom, sqr_mom)]*10, rule, 0.)
-    train(on_path(f, [p], path, lr=0.1, mom=mom, sqr_mom=sqr_mom, wd=0.), [p], grads)
+    train(with_impl(f, [p], impl, lr=0.1, mom=mom, sqr_mom=sqr_mom, wd=0.), [p], grads)
     assert_close([p], [want], 1e-7)
 
-@each_path
-def test_after_very_many_steps(path):
+@each_impl
+def test_after_very_many_steps(impl):
     "The products are 0 by then, and the correction is over"
     p = nn.Parameter(torch.randn(3))
-    opt = on_path(NAdam, [p], path, lr=0.1, wd=0.)
+    opt = with_impl(NAdam, [p], impl, lr=0.1, wd=0.)
     sd = opt.state_dict()
     sd['state'][0] = dict(grad_avg=torch.ones(3), sqr_avg=torch.ones(3), step=10**6)
     opt.load_state_dict(sd)

@@ -8,7 +8,7 @@ from fastai.vision.all import Callback, Image, Learner, Path
 
 from fastai_nadam import train as room
 from fastai_nadam.data import digits_path
-from fastai_nadam.train import archs, check_model, fill_opts, fit_run, main, opts, read_args, run_learner, train, whole_file
+from fastai_nadam.train import archs, check_model, fill_opts, fit_run, main, opts, read_args, run_learner, train
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -404,15 +404,6 @@ def test_resume_of_nothing(args, message, run, tmp_path, capsys):
     before = {f: f.read_bytes() for f in run.path.iterdir()}
     assert message in refused(capsys, args.format(run=run.path).split())
     assert nothing_left(tmp_path) and {f: f.read_bytes() for f in run.path.iterdir()} == before
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    file = tmp_path/'file'
-    for data in (b'one', b'two'):
-        with whole_file(file) as f: f.write(data)
-    with pytest.raises(OSError), whole_file(file) as f:
-        f.write(b'thr')
-        raise OSError
-    assert file.read_bytes() == b'two' and list(tmp_path.iterdir()) == [file]
 
 # The main job
 

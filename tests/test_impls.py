@@ -1,4 +1,4 @@
-"Every path gives the same parameters and the same state as the steppers, whatever happens between two steps"
+"Every implementation gives the same parameters and the same state as the steppers, whatever happens between two steps"
 import gc, io, pickle, random
 from copy import deepcopy
 from functools import partial
@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
 from fastai_nadam.multi_tensor import _block_size, cut_blocks, fused_step, pick_impl, raw_tensors
-from paths import needs_kernel, on_path
+from impls import each_impl, needs_kernel, with_impl
 
 loop = dict(foreach=False, fused=False)
-fast_paths = pytest.mark.parametrize('path', [dict(), dict(foreach=True)], ids=['fused', 'foreach'])
+fast_impls = pytest.mark.parametrize('impl', [dict(), dict(foreach=True)], ids=['fused', 'foreach'])
 tols = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 def gaps(p): return p.repeat_interleave(2, -1)[..., ::2] if p.ndim else p
@@ -57,19 +57,19 @@ def assert_same(opt, ref, ps, qs, tol=None):
 specs = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=4).map(tuple), st.sampled_from(list(tols)),
     st.sampled_from(['plain', 'plain', 'transposed', 'gaps', 'channels_last'])), min_size=1, max_size=6)
 
-@fast_paths
+@fast_impls
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(specs=specs, opt_func=st.sampled_from([NAdam, DozatNAdam, partial(NAdam, nesterov=False)]), decouple_wd=st.booleans(),
     wds=st.tuples(*[st.sampled_from([0., 0.1])]*2), split=st.integers(0, 6), grad_layout=st.sampled_from(list(layouts)), seed=st.integers(0, 2**32))
-def test_any_tensors(path, specs, opt_func, decouple_wd, wds, split, grad_layout, seed):
+def test_any_tensors(impl, specs, opt_func, decouple_wd, wds, split, grad_layout, seed):
     "50 steps of random gradients on random tensors in two groups, schedules, parameters that skip steps, do_wd here and there"
     torch.manual_seed(seed)
     rng = random.Random(seed)
     ps = make_params(specs)
     qs = copies(ps)
     split = min(split, len(ps))
-    def opt(ps, path): return opt_func([ps[:split], ps[split:]], 1e-2, wd=0., eps=1e-4, decouple_wd=decouple_wd, **path)
-    fast, slow = opt(ps, path), opt(qs, loop)
+    def opt(ps, impl): return opt_func([ps[:split], ps[split:]], 1e-2, wd=0., eps=1e-4, decouple_wd=decouple_wd, **impl)
+    fast, slow = opt(ps, impl), opt(qs, loop)
     for o,xs in ((fast, ps), (slow, qs)):
         o.set_hypers(wd=list(wds), lr=[1e-2, 1e-3])
         for i,p in enumerate(xs):
@@ -90,14 +90,14 @@ def two_threads():
     yield
     torch.set_num_threads(n)
 
-@fast_paths
+@fast_impls
 @pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam])
 @pytest.mark.parametrize('layout', ['plain', 'transposed', 'channels_last'])
-def test_large_tensors_are_cut(path, opt_func, layout, two_threads):
+def test_large_tensors_are_cut(impl, opt_func, layout, two_threads):
     sizes = [(300, 1000), (3, 20, 100, 50), (1000,), (2**17,), (2**17+1,)]
     ps = make_params([(s, torch.float32, layout) for s in sizes])
     qs = copies(ps)
-    fast, slow = opt_func(ps, 1e-2, **path), opt_func(qs, 1e-2, **loop)
+    fast, slow = opt_func(ps, 1e-2, **impl), opt_func(qs, 1e-2, **loop)
     for _ in range(4):
         set_grads(ps, qs, layout)
         fast.step(); slow.step()
@@ -237,27 +237,27 @@ def steps(opt, ps, grads):
         opt.step()
         opt.zero_grad()
 
-def new_case(opt_func, path, ps): return opt_func([ps[:2], ps[2:]], 1e-2, wd=0.1, **path), ps
+def new_case(opt_func, impl, ps): return opt_func([ps[:2], ps[2:]], 1e-2, wd=0.1, **impl), ps
 
-@fast_paths
+@fast_impls
 @pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam])
 @pytest.mark.parametrize('event', events, ids=lambda o: o.__name__)
-def test_notices(path, opt_func, event):
+def test_notices(impl, opt_func, event):
     ps = make_params([(s, torch.float32, 'plain') for s in ((4, 3), (4, 4), (5, 5), (2,), (200, 700))])
-    cases = [new_case(opt_func, path, ps), new_case(opt_func, loop, copies(ps))]
+    cases = [new_case(opt_func, impl, ps), new_case(opt_func, loop, copies(ps))]
     for e in (None, event, unfreeze, random.choice(events)):
         if e: cases = [e(*o) for o in cases]
         grads = [[torch.randn(p.shape) for p in ps] for _ in range(4)]
         for opt,xs in cases: steps(opt, xs, grads)
     assert_same(cases[0][0], cases[1][0], cases[0][1], cases[1][1], tols[torch.float32])  # some began in float32
 
-@fast_paths
-def test_change_of_path(path):
-    "A run can change its path, in the same optimizer or through a checkpoint"
+@fast_impls
+def test_change_of_impl(impl):
+    "A run can change its implementation, in the same optimizer or through a checkpoint"
     ps = make_params([((4, 3), torch.float32, 'plain'), ((6,), torch.float32, 'plain')])
     qs = copies(ps)
-    a, b = NAdam(ps, 1e-2, **path), NAdam(qs, 1e-2, **loop)
-    for kw in (path, loop, path):
+    a, b = NAdam(ps, 1e-2, **impl), NAdam(qs, 1e-2, **loop)
+    for kw in (impl, loop, impl):
         a.foreach, a.fused = kw.get('foreach'), kw.get('fused')
         for o,xs in ((a, ps), (b, qs)): steps(o, xs, [[torch.ones(p.shape) for p in ps]]*3)
         assert a._last.batches is None or {batch.impl for batch in a._last.batches} == {pick_impl('cpu', torch.float32, a.foreach, a.fused)}
@@ -310,8 +310,8 @@ def test_gradients_can_be_freed():
         gc.collect()
         assert r() is None
 
-@pytest.mark.parametrize('path', [dict(), dict(foreach=True), loop], ids=['fused', 'foreach', 'loop'])
-def test_zero_grad(path):
+@pytest.mark.parametrize('impl', [dict(), dict(foreach=True), loop], ids=['fused', 'foreach', 'loop'])
+def test_zero_grad(impl):
     "In place, also gradients with a history, sparse ones, and those of frozen parameters"
     ps = [nn.Parameter(torch.randn(3)) for _ in range(3)] + [nn.Embedding(4, 2, sparse=True).weight]
     ps[0].grad = torch.ones(3)
@@ -319,6 +319,35 @@ def test_zero_grad(path):
     ps[3].grad = torch.sparse_coo_tensor([[1]], [[1., 2.]], (4, 2))
     ps[0].requires_grad_(False)
     g = [p.grad for p in ps]
-    NAdam(ps, 1., **path).zero_grad()
+    NAdam(ps, 1., **impl).zero_grad()
     assert all(p.grad is o for p,o in zip(ps, g)) and ps[2].grad is None
     assert not ps[0].grad.any() and not ps[1].grad.any() and ps[1].grad.grad_fn is None and not ps[3].grad.to_dense().any()
+
+@each_impl
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam, partial(NAdam, nesterov=False), partial(NAdam, decouple_wd=False)])
+def test_half_precision_at_the_defaults(impl, dtype, opt_func):
+    "Averages are used before they are rounded: 0.01·g² is 0 in float16, and the step would be divided by ε = 1e-8"
+    ps = [nn.Parameter(torch.randn(s).to(dtype)) for s in ((7, 3), (50,))]
+    qs = [nn.Parameter(p.detach().double()) for p in ps]
+    fast, slow = with_impl(opt_func, ps, impl, lr=0.1), opt_func(qs, 0.1, **loop)
+    for t in range(3):
+        for p,q in zip(ps, qs):
+            p.grad = (torch.randn(p.shape).sign() * 10**torch.empty(p.shape).uniform_(-4, -2)).to(dtype)
+            q.grad = p.grad.double()
+            for k in ('grad_avg', 'sqr_avg'): # each step begins with the same state
+                if t: slow.state[q][k].copy_(fast.state[p][k])
+            q.data.copy_(p.data)
+        fast.step(); slow.step()
+        for p,q in zip(ps, qs):
+            ulp = torch.finfo(dtype).eps
+            torch.testing.assert_close(p.detach().double(), q.detach(), rtol=4*ulp, atol=4*ulp)
+            for k in ('grad_avg', 'sqr_avg'):
+                torch.testing.assert_close(fast.state[p][k].double(), slow.state[q][k].to(dtype).double(), rtol=4*ulp, atol=2e-6) # L2 rounds in the gradient
+
+def test_infinity_is_float32_for_the_kernels():
+    "Under another default dtype too: the CUDA kernel reads the step as float32"
+    from fastai_nadam.multi_tensor import _inf
+    torch.set_default_dtype(torch.float64)
+    try: assert _inf.__wrapped__('cpu').dtype == torch.float32
+    finally: torch.set_default_dtype(torch.float32)
