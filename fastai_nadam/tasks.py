@@ -121,6 +121,7 @@ def load_function(
     mod = sys.modules.get(file.stem)
     if getattr(mod, '__file__', None) != str(file):
         if mod: raise ValueError(f"task: another module is called {file.stem}; give {file.name} another name")
+        if str(file.parent) not in sys.path: sys.path.append(str(file.parent))
         spec = spec_from_file_location(file.stem, file)
         mod = sys.modules[file.stem] = module_from_spec(spec)
         try: spec.loader.exec_module(mod)
@@ -143,8 +144,7 @@ def find_task(
     if f and kwargs: raise ValueError(f"{', '.join(kwargs)} {'is' if len(kwargs)==1 else 'are'} for a folder of images, task is {task!r}")
     if width != 1 and task not in tasks: raise ValueError(f"width is for {', '.join(tasks)}; task is {task!r}")
     if f:
-        name = name or (task if width==1 else f'{task}, width {width}')
-        return f if width==1 else partial(f, width=width), name, getattr(f, 'lrs', (1e-3, 3e-3, 1e-2, 3e-2)), getattr(f, 'epochs', 5)
+        return f if width==1 else partial(f, width=width), name + f', width {width}'*(width > 1), getattr(f, 'lrs', (1e-3, 3e-3, 1e-2, 3e-2)), getattr(f, 'epochs', 5)
     path = Path(data_path(task)).absolute()
     if not path.is_dir(): raise ValueError(f"task must be one of {', '.join([*tasks, *downloads])}, a folder of images, or FILE.py:function, got {task!r}")
     check_folder(path)
