@@ -13,7 +13,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from fastai.tabular.all import *
 from fastai.vision.all import *
 from fastai.vision.models.xresnet import XResNet
-from .data import check_folder, check_images, check_int, data_path, digits_path, downloads, get_dls, layout_images
+from .cli import check_int
+from .data import check_images, data_path, digits_path, downloads, get_dls, list_images
 from .train import make_learner as image_learner
 
 # %% ../nbs/14_tasks.ipynb #a01fcd5d
@@ -31,7 +32,7 @@ def tensor_dls(
 def digits_sets() -> tuple: # (images, classes) for training, validation and test
     "The handwritten digits as tensors"
     def load(files): return torch.stack([tensor(PILImageBW.create(f))[None]/255 - 0.3 for f in files]), tensor([int(f.parent.name) for f in files])
-    train, val = (layout_images(digits_path()).filter(lambda o: o.parent.parent.name == k) for k in ('train', 'val'))
+    train, val = (list_images(digits_path()).filter(lambda o: o.parent.parent.name == k) for k in ('train', 'val'))
     return load(train), load(val[::2]), load(val[1::2])
 
 def digits_learner(
@@ -95,10 +96,12 @@ def text_task_learner(
 tasks = dict(digits=digits_learner, tabular=tabular_task_learner, text=text_task_learner)
 for f,lrs in (digits_learner, (3e-3, 1e-2, 3e-2, 1e-1)), (tabular_task_learner, (3e-3, 1e-2, 3e-2, 1e-1)), (text_task_learner, (1e-2, 3e-2, 1e-1, 3e-1)): f.lrs, f.epochs = lrs, 4
 
-# %% ../nbs/14_tasks.ipynb #bd587999
+# %% ../nbs/14_tasks.ipynb #dc258b7f
+_list = lru_cache(list_images)
+
 @lru_cache
 def folder_dls(path, size, bs):
-    with no_random(): return get_dls(path, size, bs) # so that the first run of a process has the weights of the others
+    with no_random(): return get_dls(path, size, bs, files=_list(path)) # so that the first run of a process has the weights of the others
 
 def folder_learner(
     opt_func, # Optimizer
@@ -147,6 +150,5 @@ def find_task(
         return f if width==1 else partial(f, width=width), name + f', width {width}'*(width > 1), getattr(f, 'lrs', (1e-3, 3e-3, 1e-2, 3e-2)), getattr(f, 'epochs', 5)
     path = Path(data_path(task)).absolute()
     if not path.is_dir(): raise ValueError(f"task must be one of {', '.join([*tasks, *downloads])}, a folder of images, or FILE.py:function, got {task!r}")
-    check_folder(path)
-    check_images(path)
+    check_images(_list(path))
     return partial(folder_learner, path=path, **kwargs), ', '.join([str(path), *(f'{k} {v}' for k,v in kwargs.items())]), (1e-3, 3e-3, 1e-2, 3e-2), 5
