@@ -18,7 +18,7 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.models import tvm, xresnet
 from .cli import atomic_save, check_int, cli, has_bars, save_fig, tell_versions, versions
-from .data import check_folder, check_images, data_path, downloads, get_dls
+from .data import check_images, data_path, downloads, get_dls, list_images
 from .optimizer import DozatNAdam, NAdam, _plain, check_hyper
 
 # %% ../nbs/13_train.ipynb #07ec
@@ -453,9 +453,7 @@ def train(
     out, show = Path(resume or out or default_out(o)), noop if rank_distrib() else partial(print, flush=True)
     with nullcontext(out) if rank_distrib() else out_folder(out, bool(resume)) as path:
         if num_distrib() > 1: setup_distrib(os.environ['LOCAL_RANK'])
-        folder = data_path(o.data)
-        check_folder(folder)
-        check_images(folder)
+        check_images(list_images(data_path(o.data)))
         if o.find_lr:
             o.lr, o.find_lr = suggest_lr(o, path), False
             show(f'lr_find suggests a learning rate of {o.lr:.3g}')

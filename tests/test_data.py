@@ -8,7 +8,7 @@ from fastai.vision.all import Flip, Image, Path, URLs, get_image_files, set_seed
 from sklearn.datasets import load_digits
 
 from fastai_nadam import data as room
-from fastai_nadam.data import check_folder, check_images, class_images, data_path, digits_path, download, get_dls, image_dls, write_digits
+from fastai_nadam.data import check_images, data_path, digits_path, download, get_dls, image_dls, list_images, write_digits
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
@@ -129,15 +129,33 @@ def test_download_interrupted_while_unpacking(server, archive, home, monkeypatch
     assert len(get_image_files(download('imagenette'))) == 24
 
 def test_folder(folder):
-    assert check_folder(folder) == 'val'
-    check_images(folder)
-    assert {k: len(v) for k,v in class_images(folder/'train').items()} == dict(cat=8, dog=8)
+    files = list_images(folder)
+    assert [str(f.relative_to(folder)) for f in files] == [f'{s}/{c}/{i}.png' for s,n in (('train', 8), ('val', 4)) for c in ('cat', 'dog') for i in range(n)]
+    check_images(files)
     (folder/'val').rename(folder/'valid')
-    dls = image_dls(str(folder), size=16, bs=4, num_workers=0)
+    dls = image_dls(list_images(str(folder)), size=16, bs=4, num_workers=0)
     assert (len(dls.train_ds), len(dls.valid_ds), list(dls.vocab)) == (16, 8, ['cat', 'dog'])
     assert [f.parent.parent.name for f in dls.valid_ds.items] == ['valid']*8
-    assert list(dls.train_ds.items) == sorted(dls.train_ds.items)
+    assert list(dls.train_ds.items) == sorted(dls.train_ds.items) and dls.path == folder
     assert dls.one_batch()[0].shape == (4, 3, 16, 16)
+
+def test_what_is_not_used_is_not_read(folder):
+    before = list_images(folder)
+    for f in ('notes/a.png', 'train/.trash/a.png', 'train/cat/deep/a.png', 'train/a.png', 'valid/dog/a.png'):
+        (folder/f).parent.mkdir(parents=True, exist_ok=True)
+        (folder/f).write_bytes(b'no image')
+    assert list(list_images(folder)) == list(before)
+    check_images(list_images(folder))
+    assert len(get_dls(folder, size=8, bs=4).valid_ds) == 8
+
+@pytest.mark.parametrize('name', ['train', 'val', 'valid'])
+def test_a_folder_that_is_itself_called(name, folder, tmp_path):
+    root = tmp_path/name
+    folder.rename(root)
+    shutil.copy(root/'train'/'cat'/'0.png', root/'train'/'0.png')  # of no class
+    shutil.copy(root/'train'/'cat'/'0.png', root/'val'/'0.png')
+    dls = get_dls(root, size=8, bs=4)
+    assert list(dls.vocab) == ['cat', 'dog'] and (len(dls.train_ds), len(dls.valid_ds)) == (16, 8)
 
 def break_png(f): f.write_bytes(f.read_bytes()[:len(f.read_bytes())//2])
 
@@ -154,15 +172,13 @@ def break_png(f): f.write_bytes(f.read_bytes()[:len(f.read_bytes())//2])
 ], ids=['none', 'train', 'val', 'one class', 'empty', 'other class', 'half an image', 'no image', 'three images'])
 def test_folder_damaged(folder, damage, message):
     damage(folder)
-    with pytest.raises(ValueError) as e:
-        check_folder(folder)
-        check_images(folder)
+    with pytest.raises(ValueError) as e: check_images(list_images(folder))
     assert message.format(folder) in str(e.value)
 
 @pytest.mark.parametrize('kw,message', [(dict(size=0), 'size must be a whole number from 1, got 0'), (dict(size=1.5), 'got 1.5'),
     (dict(bs=0), 'bs must be a whole number from 1, got 0'), (dict(bs=True), 'got True'), (dict(bs=17), 'bs must be at most the number of training images, 16, got 17')])
 def test_numbers_refused(folder, kw, message):
-    with pytest.raises(ValueError, match=message): image_dls(folder, **{**dict(size=8, bs=4, num_workers=0), **kw})
+    with pytest.raises(ValueError, match=message): image_dls(list_images(folder), **{**dict(size=8, bs=4, num_workers=0), **kw})
 
 def test_transforms(folder):
     digits, photos = get_dls('digits', size=12), get_dls(folder, size=12, bs=4)
