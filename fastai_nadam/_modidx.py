@@ -233,6 +233,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastai_nadam.optimizer._init_state': ('optimizer.html#_init_state', 'fastai_nadam/optimizer.py'),
                                         'fastai_nadam.optimizer._local': ('optimizer.html#_local', 'fastai_nadam/optimizer.py'),
                                         'fastai_nadam.optimizer._shared': ('optimizer.html#_shared', 'fastai_nadam/optimizer.py'),
+                                        'fastai_nadam.optimizer._span': ('optimizer.html#_span', 'fastai_nadam/optimizer.py'),
                                         'fastai_nadam.optimizer.check_flag': ('optimizer.html#check_flag', 'fastai_nadam/optimizer.py'),
                                         'fastai_nadam.optimizer.check_hyper': ('optimizer.html#check_hyper', 'fastai_nadam/optimizer.py'),
                                         'fastai_nadam.optimizer.plain': ('optimizer.html#plain', 'fastai_nadam/optimizer.py')},

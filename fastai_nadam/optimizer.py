@@ -20,7 +20,7 @@ from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
 from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
-from .multi_tensor import cut_blocks, pick_impl, raw_tensors
+from .multi_tensor import address_blocks, cut_blocks, kernel_step, pick_impl, raw_tensors
 from .steppers import nadam_step
 
 # %% ../nbs/03_optimizer.ipynb #15ec
@@ -106,17 +106,26 @@ def _check_params(params):
     return L(L(pg) for pg in groups)
 
 # %% ../nbs/03_optimizer.ipynb #11ec
+_plain = Tensor, nn.Parameter
+
+def _span(t):
+    "Bytes from the first element of `t` to its last"
+    return t.element_size() * (1 + sum((n-1)*s for n,s in zip(t.shape, t.stride()))) if t.numel() else 0
+
 def _check_tensors(p, g, state):
     "Raise a `ValueError` if parameter `p` cannot be stepped with gradient `g` and its `state`"
     def fail(msg): raise ValueError(f"parameter of shape {tuple(p.shape)} on {p.device} has {msg}")
     if g.layout != torch.strided: fail(f"a gradient of layout {g.layout!r}: sparse gradients are not supported")
     if p.layout != torch.strided: fail(f"layout {p.layout!r}, which is not supported")
     if g.shape != p.shape or g.device != p.device: fail(f"a gradient of shape {tuple(g.shape)} on {g.device}")
-    for k,t in (('data', p), *((k, state.get(k)) for k in _avgs)):
+    for k,t in (('gradient', g), ('data', p), *((k, state.get(k)) for k in _avgs)):
         if t is None: continue
         if not isinstance(t, Tensor) or t.layout != torch.strided: fail(f"a {k} that is no dense tensor: {t!r}")
         if t.shape != p.shape: fail(f"a {k} of shape {tuple(t.shape)}; call clear_state() after changing a shape")
-        if any(s == 0 and n > 1 for s,n in zip(t.stride(), t.shape)): fail(f"a {k} that is expanded; give it memory by clone()")
+        if k != 'gradient' and any(s == 0 and n > 1 for s,n in zip(t.stride(), t.shape)):
+            fail(f"a {k} that is expanded; give it memory by clone()")
+        if type(t) in _plain and t.untyped_storage().nbytes() < t.storage_offset()*t.element_size() + _span(t):
+            fail(f"a {k} whose memory was taken away, by resize_() of its storage")
 
 # %% ../nbs/03_optimizer.ipynb #13ec
 class NAdamOptimizer(Optimizer):
@@ -198,7 +207,7 @@ def _key(self:NAdamOptimizer, groups, ps, gs, states):
     "All that batches depend on, besides the numbers in the states; None if a tensor is missing or not plain"
     try:
         ts = [*ps, *gs, *(s[k] for k in _avgs for s in states)]
-        if not {*map(type, ts)} <= {Tensor, nn.Parameter}: return
+        if not {*map(type, ts)} <= {*_plain}: return
         return [self.foreach, self.fused, groups, [s.get('do_wd') for s in states], *(list(map(f, ts)) for f in _look)]
     except (KeyError, RuntimeError): return # no averages yet; a sparse tensor has no address
 
@@ -210,8 +219,8 @@ def _shared(rows, l2):
     spans = []
     for j,ts in enumerate(rows):
         for k,t in enumerate(map(_local, ts)):
-            n = t.nbytes if t.is_contiguous() else t.element_size() * (1 + sum((n-1)*s for n,s in zip(t.shape, t.stride())))
-            if t.numel() and t.device.type in ('cpu', 'cuda'): spans.append((t.data_ptr(), n, l2 or k != 1, j))
+            if t.numel() and t.device.type in ('cpu', 'cuda'): # elsewhere an address may be no more than a name
+                spans.append((t.data_ptr(), t.nbytes if t.is_contiguous() else _span(t), l2 or k != 1, j))
     res, run, end = set(), [], 0
     for start,n,writes,j in [*sorted(spans), (math.inf, 0, False, 0)]:
         if start >= end:
@@ -233,7 +242,7 @@ def _sort(self:NAdamOptimizer, groups, ps, gs, states):
     alone, res = _shared(rows, not self.decouple_wd), defaultdict(list)
     shared = ('step', 'sqr_mom_prod', 'do_wd', *self.rule(step=1, **self.hypers[0])[2])
     for j,(i,p,row,state) in enumerate(zip(groups, ps, rows, states)):
-        impl = None if j in alone or any(t.is_neg() for t in row) else self._impl(p)
+        impl = None if j in alone else self._impl(p)
         if impl and raw_tensors(*row): res[impl, i, p.dtype, p.device, *map(state.get, shared)].append(j)
         else: res[None, i].append(j)
     return [_Batch(impl, i, idxs) for (impl,i,*_),idxs in res.items()]
@@ -294,8 +303,12 @@ def _step_batch(self:NAdamOptimizer, batch, hyper, ps, gs, states):
 @patch
 def _blocks(self:NAdamOptimizer, batch, ps, gs, states):
     "What the implementation of `batch` takes: addresses, which are kept, or views, which are not"
+    kernel = batch.impl is kernel_step
+    if batch.blocks is not None: return batch.blocks
     ts = zip(*((ps[j], gs[j], *map(states[j].get, _avgs)) for j in batch.idxs))
-    return cut_blocks(*([_local(t) for t in o] for o in ts))
+    blocks = (address_blocks if kernel else cut_blocks)(*([_local(t) for t in o] for o in ts))
+    if kernel: batch.blocks = blocks
+    return blocks
 
 # %% ../nbs/03_optimizer.ipynb #50ze
 @patch

@@ -65,6 +65,23 @@ def test_an_average_of_another_size(impl, k):
     opt.state[ps[1]][k].data = torch.zeros(7)
     assert_unchanged_by(opt, ps, opt.step, rf'shape \(5,\).*{k} of shape \(7,\).*clear_state')
 
+@each_impl
+@pytest.mark.parametrize('which', ['data', 'gradient', 'grad_avg', 'sqr_avg'])
+def test_memory_that_was_taken_away(impl, which):
+    "As sharded training does between two uses; PyTorch's own operations would crash"
+    ps = [nn.Parameter(torch.randn(5)) for _ in range(2)]
+    opt = warm(ps, impl)
+    t = dict(data=ps[1], gradient=ps[1].grad, **{k: opt.state[ps[1]][k] for k in ('grad_avg', 'sqr_avg')})[which]
+    kept = t.detach().clone()
+    t.data.untyped_storage().resize_(0)
+    before = ps[0].detach().clone()
+    with pytest.raises(ValueError, match=rf'shape \(5,\).*{which} whose memory was taken away'): opt.step()
+    assert torch.equal(ps[0], before) and opt.state[ps[0]]['step'] == 3
+    t.data.untyped_storage().resize_(20)
+    t.data.copy_(kept)
+    opt.step()
+    assert opt.state[ps[1]]['step'] == 4
+
 # State that moves
 
 def offloaded(v): return v.clone()
