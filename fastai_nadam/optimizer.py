@@ -110,7 +110,7 @@ _plain = Tensor, nn.Parameter
 
 def _span(t):
     "Bytes from the first element of `t` to its last"
-    return t.element_size() * (1 + sum((n-1)*s for n,s in zip(t.shape, t.stride()))) if t.numel() else 0
+    return t.element_size() * (1 + sum((n-1)*s for n,s in zip(t.shape, t.stride())))
 
 def _check_tensors(p, g, state):
     "Raise a `ValueError` if parameter `p` cannot be stepped with gradient `g` and its `state`"
@@ -122,6 +122,7 @@ def _check_tensors(p, g, state):
         if t is None: continue
         if not isinstance(t, Tensor) or t.layout != torch.strided: fail(f"a {k} that is no dense tensor: {t!r}")
         if t.shape != p.shape: fail(f"a {k} of shape {tuple(t.shape)}; call clear_state() after changing a shape")
+        if not t.numel(): continue
         if k != 'gradient' and any(s == 0 and n > 1 for s,n in zip(t.stride(), t.shape)):
             fail(f"a {k} that is expanded; give it memory by clone()")
         if type(t) in _plain and t.untyped_storage().nbytes() < t.storage_offset()*t.element_size() + _span(t):
