@@ -18,7 +18,7 @@ from functools import lru_cache, wraps
 from multiprocessing import get_context
 
 from .cli import atomic_save, check_int, cli, has_bars, save_fig, save_json, versions
-from .train import make_learner as image_learner, opts as named_opts
+from .train import make_learner as image_learner, opt_funcs as named_opts
 from fastai.tabular.all import *
 from fastai.vision.all import *
 from fastai.vision.models.xresnet import XResNet
