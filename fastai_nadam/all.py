@@ -6,5 +6,7 @@ from .insight import *
 from .data import *
 from .checkpoint import *
 from .train import *
-from .compare import compare_opts, plot_results, read_results, sentence, show_summary, summarize
+from .tasks import find_task
+from .results import Comparison, confidence_interval
+from .compare import compare_opts, search_opts
 from .bench import bench_step

@@ -20,7 +20,7 @@ from fastcore.basics import store_attr
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
 from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
-from .multi_tensor import cut_blocks, pick_impl, raw_tensors
+from .multi_tensor import address_blocks, cut_blocks, kernel_step, pick_impl, raw_tensors
 from .steppers import nadam_step
 
 # %% ../nbs/03_optimizer.ipynb #07ec
@@ -122,7 +122,7 @@ class _Batch:
     "Parameters of a group to step one by one, or, where there is a `path`, as lists of tensors that share step and running products"
     def __init__(self, impl, group, params, states, tensors):
         self.impl, self.group, self.params, self.states = impl, group, params, states
-        self.blocks = impl and cut_blocks(*zip(*tensors))
+        self.blocks = impl and (address_blocks if impl is kernel_step else cut_blocks)(*zip(*tensors))
         self.avgs, self.new = self._avg_ids(), None
 
     def _avg_ids(self): return [list(map(id, map(itemgetter(k), self.states))) for k in _avgs]

@@ -30,3 +30,12 @@ def copy_project():
     "A function that copies what the project is made of to a new folder, where a test may change it"
     skip = shutil.ignore_patterns('.*', '_docs', '_proc', 'build', 'dist', 'runs', '*.egg-info', '__pycache__')
     return lambda dest: shutil.copytree(Path(__file__).parent.parent, dest, ignore=skip)
+
+@pytest.fixture
+def without_kernel(monkeypatch):
+    "As with `FASTAI_NADAM_KERNEL=0`, or where no kernel in C was built"
+    from fastai_nadam import multi_tensor
+    monkeypatch.setattr(multi_tensor, '_kernel', None)
+    multi_tensor.pick_impl.cache_clear()
+    yield
+    multi_tensor.pick_impl.cache_clear()

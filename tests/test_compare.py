@@ -1,157 +1,93 @@
-"Comparisons are fair, survive an interruption, refuse what cannot be compared, and their statistics are right about as often as they say"
-import itertools, math, random, subprocess, sys, time
+"Runs of a comparison are fair, survive an interruption, extend, and refuse what cannot be compared"
+import itertools, math, os, random, signal, subprocess, sys, time
 from functools import lru_cache, partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from fastai.metrics import mse
 from fastai.optimizer import Adam, Lookahead
 from fastai.torch_core import set_seed
-from scipy import stats
 from torch import nn
 import fastai.callback.schedule # gives Learner its fit_one_cycle
 
-from fastai_nadam import compare as c, NAdam
-from fastai_nadam.compare import compare_opts, main, mean_interval, read_results, sentence, summarize
+from fastai_nadam import NAdam
+from fastai_nadam.compare import compare_opts, cycle_moms, main, search_opts, search_points
+from fastai_nadam.results import Comparison
+from fastai_nadam.tasks import tensor_dls
 
 root = Path(__file__).parent.parent
 
-# Statistics, on results whose answer is known
-
-def results(gains, rng, seeds=10, lrs=(1e-3, 1e-2, 1e-1), drops=(0.05, 0, 0.03), shared=0.02, own=0.002, epochs=1):
-    rows = []
-    for seed in range(seeds):
-        base = 0.8 + shared*rng.normal()
-        for (opt, gain), (lr, drop) in itertools.product(gains.items(), zip(lrs, drops)):
-            final = base + gain - drop + own*rng.normal()
-            rows += [dict(task='fake', opt=opt, lr=lr, seed=seed, epoch=e, train_loss=1., valid_loss=1-final, metric=final - 0.1*(epochs-e),
-                seconds=float(e), diverged=False) for e in range(1, epochs+1)]
-    return pd.DataFrame(rows)
-
-@pytest.fixture
-def rng(): return np.random.default_rng(random.randrange(2**32))
-
-def test_equal_optimizers_are_declared_different_at_the_nominal_rate(rng):
-    n, found = 200, 0
-    for _ in range(n): found += 'is better' in (s := sentence(summarize(results(dict(NAdam=0., Adam=0.), rng)))) or 'is worse' in s
-    assert stats.binomtest(found, n, 0.05).pvalue > 1e-5, f'{found} of {n}'
-
-def test_a_difference_of_known_size_is_found_and_its_interval_covers_it(rng):
-    n, found, covered = 200, 0, 0
-    for _ in range(n):
-        r = summarize(results(dict(NAdam=0.006, Adam=0.), rng)).loc['NAdam']
-        found += r['diff'] - r.diff_interval > 0
-        covered += abs(r['diff'] - 0.006) < r.diff_interval
-    assert found > 0.95*n
-    assert stats.binomtest(covered, n, 0.95).pvalue > 1e-5, f'{covered} of {n}'
-
-def test_pairing_removes_what_seeds_do_to_both(rng):
-    r = summarize(results(dict(NAdam=0.006, Adam=0.), rng, shared=0.1))
-    assert r.diff_interval['NAdam'] < r.interval['NAdam']/5
-
-def test_the_interval_is_students(rng):
-    x = rng.normal(size=8)
-    lo, hi = stats.ttest_1samp(x, 0).confidence_interval()
-    assert np.allclose(mean_interval([*x, np.nan])[:2], ((lo+hi)/2, (hi-lo)/2))
-    assert mean_interval([1.]) == (1., math.inf, 1)
-    assert np.isnan(mean_interval([])[0])
-
-def test_the_learning_rate_is_chosen_on_seeds_that_do_not_count(rng):
-    df = results(dict(NAdam=0., Adam=0.), rng, seeds=9, own=0)
-    df.loc[(df.seed < 3) & (df.lr == 1e-1), 'metric'] = 0.99 # lucky on the seeds that choose
-    df.loc[(df.seed >= 3) & (df.lr == 1e-1), 'metric'] = 0.5
-    r = summarize(df)
-    assert r.lr.tolist() == [1e-1]*2 and np.allclose(r['mean'], 0.5)
-
-def test_less_of_a_loss_is_better(rng):
-    df = results(dict(NAdam=0.01, Adam=0.), rng)
-    up, down = summarize(df), summarize(df.assign(metric=1 - df.metric), 'valid_loss')
-    assert down.lr.equals(up.lr) and np.allclose(down['diff'], -up['diff'], equal_nan=True) and np.allclose(down.epochs_to_target, up.epochs_to_target)
-    assert down.lr_low.equals(up.lr_low)
-    assert sentence(down, 'valid_loss').startswith('NAdam is better than Adam by ')
-
-def test_the_sentence_is_that_of_the_table(rng):
-    r = summarize(results(dict(NAdam=0.01, RAdam=0., ranger=-0.02, Adam=0.), rng, own=0.0005))
-    s = sentence(r)
-    assert f"NAdam is better than Adam by {100*r['diff']['NAdam']:.2f} ± {100*r.diff_interval['NAdam']:.2f} points" in s
-    assert 'ranger is worse than Adam by ' in s and '7 seeds' in s
-    r = summarize(results(dict(NAdam=0.01, Adam=0.), rng, seeds=2))
-    assert sentence(r).startswith('no difference shown with 1 seed between Adam and NAdam (')
-    r = summarize(results(dict(NAdam=0., Adam=0.), rng, seeds=3), baseline='NAdam')
-    assert 'NAdam' in sentence(r, baseline='NAdam').split('Adam is ')[-1] and np.isnan(r['diff']['NAdam']) and np.isfinite(r['diff']['Adam'])
-
-def test_diverged_runs_are_counted_and_avoided(rng):
-    df = results(dict(NAdam=0., Adam=0.), rng)
-    df.loc[(df.opt == 'NAdam') & (df.lr == 1e-2) & (df.seed == 1), ['metric', 'diverged']] = np.nan, True
-    assert summarize(df).lr['NAdam'] == 1e-1 # a seed that chooses
-    df = results(dict(NAdam=0., Adam=0.), rng)
-    df.loc[(df.opt == 'NAdam') & (df.lr == 1e-2) & (df.seed == 9), ['metric', 'diverged']] = np.nan, True
-    r = summarize(df).loc['NAdam']
-    assert (r.lr, r.diverged, r.seeds) == (1e-2, 1, 6) and r.lr_low == 1e-1
-    assert '1 of ' in sentence(summarize(df)) and 'diverged' in sentence(summarize(df))
-    df.loc[df.opt == 'NAdam', ['metric', 'diverged']] = np.nan, True
-    s = summarize(df)
-    assert np.isnan(s.lr['NAdam']) and s.diverged['NAdam'] == 7
-    assert sentence(s).startswith('no comparison of Adam with NAdam')
-    assert c.plot_results(df)
-    plt.close('all')
-
-def test_reach(rng):
-    df = results(dict(NAdam=0., Adam=0.), rng, epochs=6)
-    r = c.reach(df, 0.6)
-    for key,run in df.groupby(['task', 'opt', 'lr', 'seed']):
-        hits = [i for i,m in enumerate(run.metric) if m >= 0.6]
-        assert r.loc[key].tolist() == ([hits[0]+1, run.seconds[:hits[0]+1].sum()] if hits else [math.inf]*2)
-
-@pytest.mark.parametrize('means, expected', [((1, .995, .98, .995), (1, 2)), ((.9, .995, 1, .993), (2, 4)), ((.5, .6, 1, .5), (3, 3)), ((np.nan, 1, 1, 1), (2, 4))])
-def test_lr_range_leaves_no_gap(means, expected): assert c.lr_range(pd.DataFrame([means]*2, columns=[1., 2., 3., 4.])) == expected
-
-# Runs
-
 @lru_cache
-def dls():
+def dls(test=False):
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(96, 4, generator=g)
-    return c.tensor_dls((x[:64], x[:64].sum(1, keepdim=True)), (x[64:], x[64:].sum(1, keepdim=True)), bs=16)
+    x = torch.randn(128, 4, generator=g)
+    sets = [(o, o.sum(1, keepdim=True)) for o in x.split([64, 32, 32])]
+    return tensor_dls(*sets[:2 + test], bs=16)
 
-def tiny(opt_func, **kwargs):
-    return Learner(dls(), nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1)), MSELossFlat(), opt_func, metrics=mse, **kwargs)
+def tiny(opt_func, test=False, **kwargs):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1))
+    return Learner(dls(test), model, MSELossFlat(), opt_func, metrics=mse, **kwargs)
 
-small = dict(opts=['NAdam', partial(NAdam, nesterov=False), Adam], lrs=[1e-2, 1e-1], epochs=2, seeds=3)
+small = dict(opts=['NAdam', partial(NAdam, nesterov=False), Adam], lrs=[1e-2, 1e-1], epochs=2, seeds=3, grow=0)
 
-def same(a, b): return a.drop(columns='seconds').equals(b.drop(columns='seconds'))
+def compare(make_learner=tiny, **kwargs): return compare_opts(make_learner, **{**small, **kwargs}).results
+
+def same(a, b): return a.drop(columns=['task', 'seconds']).equals(b.drop(columns=['task', 'seconds']))
+
+# What a run is
 
 def test_table(tmp_path):
-    df = compare_opts(tiny, **small, out=tmp_path)
-    assert list(df.columns) == ['task', 'opt', 'lr', 'seed', 'epoch', 'train_loss', 'valid_loss', 'metric', 'seconds', 'diverged']
+    df = compare(out=tmp_path)
+    assert list(df) == ('task opt lr mom wd seed epoch train_loss valid_loss metric test_loss test_metric seconds diverged').split()
     assert len(df) == 3*2*3*2 and set(df.task) == {'tiny'} and list(df.opt.unique()) == ['NAdam', 'NAdam(nesterov=False)', 'Adam']
-    assert (df.groupby(['opt', 'lr', 'seed']).epoch.apply(list).map(tuple) == (1, 2)).all() and (df.seconds > 0).all() and not df.diverged.any()
-    assert np.allclose(df.metric, df.valid_loss) and df.metric.nunique() == len(df)
-    saved, settings = read_results(tmp_path)
-    assert saved.sort_values(list(saved)).reset_index(drop=True).equals(df.sort_values(list(df)).reset_index(drop=True))
-    assert settings['metric'] == 'mse' and sorted(f.name for f in tmp_path.iterdir()) == ['results.csv', 'settings.json']
+    assert (df.groupby(['opt', 'lr', 'seed']).epoch.apply(tuple) == (1, 2)).all() and (df.seconds > 0).all() and not df.diverged.any()
+    assert (df.metric == df.valid_loss).all() and df.metric.nunique() == len(df)
+    assert df[['mom', 'wd', 'test_loss', 'test_metric']].isna().all(axis=None)
+    c = Comparison.load(tmp_path)
+    assert c.results.equals(df) and c.metric == 'valid_loss' and c.lower_is_better
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['results.csv', 'settings.json']
+
+def by_hand(seed, epochs, lr, **kwargs):
+    "What fastai does by itself"
+    set_seed(seed, reproducible=True)
+    learn = tiny(Adam, test=True)
+    set_seed(seed, reproducible=True)
+    learn.dls.train.rng = random.Random(seed)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(epochs, lr, **kwargs)
+        rows = [list(o) for o in learn.recorder.values]
+        return rows, learn.validate(dl=learn.dls[2])
 
 def test_a_run_is_what_fastai_does_by_itself():
-    df = compare_opts(tiny, ['Adam'], [1e-2], 2, [7])
-    set_seed(7, reproducible=True)
-    learn = tiny(Adam)
-    set_seed(7, reproducible=True)
-    learn.dls.train.rng = random.Random(7)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
-    assert np.allclose(df[['train_loss', 'valid_loss', 'metric']], learn.recorder.values, rtol=1e-5)
+    mom, wd = random.uniform(.7, .99), random.uniform(0, 1)
+    df = compare(partial(tiny, test=True), opts=['Adam'], lrs=[1e-2], seeds=[7], momenta=[mom], wds=[wd], metric='mse')
+    rows, test = by_hand(7, 2, 1e-2, moms=(mom, 3*mom-2, mom), wd=wd)
+    assert np.allclose(df[['train_loss', 'valid_loss', 'metric']], rows, rtol=1e-5)
+    assert df.test_loss.isna().tolist() == [True, False] and np.allclose(df[['test_loss', 'test_metric']].iloc[-1], test, rtol=1e-5)
+    assert df.mom.tolist() == [mom]*2 and df.wd.tolist() == [wd]*2
+
+@pytest.mark.parametrize('moms, full', [(None, None), ((.9, .7, .8), (.9, .7, .8)), (.6, (.6,)*3)])
+def test_moms_are_those_of_fastai(moms, full, tmp_path):
+    df = compare(partial(tiny, test=True), opts=['Adam'], lrs=[1e-2], seeds=[3], moms=moms, task='t', out=tmp_path)
+    assert np.allclose(df[['train_loss', 'valid_loss']], [r[:2] for r in by_hand(3, 2, 1e-2, moms=full)[0]], rtol=1e-5)
+    with pytest.raises(ValueError, match='another comparison, with moms'): compare(partial(tiny, test=True), moms=.5, task='t', out=tmp_path)
+
+def test_the_default_momentum_is_a_point_of_the_shape(): assert cycle_moms(.95) == (.95, .85, .95)
 
 class Start(Callback):
     "Note the initial weights and all batches"
     def __init__(self, log): self.log = log
-    def before_fit(self): self.log.append([sum(float(p.double().sum()) for p in self.model.parameters())])
-    def before_batch(self): self.log[-1].append(float(self.x.sum()))
+    def before_train(self):
+        if self.epoch == 0: self.log.append([sum(float(p.double().sum()) for p in self.model.parameters())])
+    def before_batch(self):
+        if self.log: self.log[-1].append(float(self.x.sum()))
 
 def test_runs_of_a_seed_have_the_same_weights_and_batches():
     log = []
-    compare_opts(partial(tiny, cbs=Start(log)), **small)
+    compare(partial(tiny, cbs=Start(log)))
     assert len(log) == 3*2*3 and all(len(o) == 1 + 2*(4 + 1) for o in log)
     seeds = [log[i:i+6] for i in (0, 6, 12)]
     assert all(o == s[0] for s in seeds for o in s)
@@ -160,13 +96,15 @@ def test_runs_of_a_seed_have_the_same_weights_and_batches():
 
 def test_workers_give_what_one_process_gives(tmp_path):
     threads = torch.get_num_threads()
-    serial = compare_opts(tiny, **small)
+    serial = compare()
     assert torch.get_num_threads() == threads
     def local(opt_func): return tiny(opt_func)
-    assert same(compare_opts(local if sys.platform == 'linux' else tiny, **small, task='tiny', n_workers=2, out=tmp_path), serial)
-    df = read_results(tmp_path)[0]
-    df.sample(frac=1).to_csv(tmp_path/'results.csv', index=False) # in whatever order they came
-    assert same(read_results(tmp_path)[0], df) and df.opt.unique().tolist() == serial.opt.unique().tolist()
+    assert same(compare(local if sys.platform == 'linux' else tiny, n_workers=2, out=tmp_path), serial)
+    df = Comparison.load(tmp_path).results
+    df.sample(frac=1).sort_values(['seed', 'lr', 'opt'], kind='stable').to_csv(tmp_path/'results.csv', index=False) # in whatever order they came
+    assert Comparison.load(tmp_path).results.equals(df)
+
+# Interrupted, killed, extended, damaged
 
 class Stop(Callback):
     "Stop in the middle of some run"
@@ -176,18 +114,57 @@ class Stop(Callback):
         if self.n == 0: raise KeyboardInterrupt
 
 def test_an_interrupted_comparison_goes_on(tmp_path):
-    whole = compare_opts(tiny, **small)
-    with pytest.raises(KeyboardInterrupt): compare_opts(partial(tiny, cbs=Stop(8*10*2//2 + 3)), **small, task='tiny', out=tmp_path)
-    partly, _ = read_results(tmp_path)
+    whole = compare()
+    with pytest.raises(KeyboardInterrupt): compare(partial(tiny, cbs=Stop(12*10 + 3)), task='tiny', out=tmp_path)
+    partly = Comparison.load(tmp_path).results
     assert 0 < len(partly) < len(whole) and len(partly) % 2 == 0
     calls = []
     def make(opt_func):
         calls.append(1)
         return tiny(opt_func)
-    assert same(compare_opts(make, **small, task='tiny', out=tmp_path), whole)
+    assert same(compare(make, task='tiny', out=tmp_path), whole)
     assert len(calls) == (len(whole)-len(partly))//2 + 4 # and four to check
     before = (tmp_path/'results.csv').read_bytes()
-    assert same(compare_opts(tiny, **small, out=tmp_path), whole) and (tmp_path/'results.csv').read_bytes() == before
+    assert same(compare(out=tmp_path), whole) and (tmp_path/'results.csv').read_bytes() == before
+
+def test_a_comparison_is_extended(tmp_path):
+    "By seeds, learning rates, optimizers, momenta and weight decays: what was there stays, and the whole is what one call gives"
+    compare(opts=['NAdam'], lrs=[1e-2], seeds=1, out=tmp_path)
+    before = (tmp_path/'results.csv').read_text()
+    compare(opts=['NAdam'], lrs=[1e-2], seeds=3, out=tmp_path)
+    compare(opts=['NAdam'], out=tmp_path)
+    assert same(compare(out=tmp_path), compare())
+    more = dict(momenta=[.8, .9], wds=[.1, .2], opts=['Adam', 'NAdam'], lrs=[1e-2], seeds=2)
+    df = compare(**more, out=tmp_path)
+    after = (tmp_path/'results.csv').read_text()
+    assert set(before.splitlines()) < set(after.splitlines())
+    assert len(df) == 3*2*3*2 + 2*4*2*2
+    assert same(df[df.mom.notna() & (df.opt == 'Adam')].reset_index(drop=True), compare(**{**more, 'opts': ['Adam']}))
+
+def test_a_run_that_was_cut_off_is_made_again(tmp_path):
+    whole = compare(out=tmp_path)
+    text = (tmp_path/'results.csv').read_text()
+    for cut in (random.randrange(1, len(text.splitlines()[-1])), len(text.splitlines()[-1]) + 1 + random.randrange(2)):
+        (tmp_path/'results.csv').write_text(text[:-cut])
+        assert len(Comparison.load(tmp_path).results) == len(whole) - 2
+        assert same(compare(out=tmp_path), whole)
+
+@pytest.mark.parametrize('line, change', [(5, lambda s: s.replace(',', ';')), (8, lambda s: s + ',1'), (7, lambda s: s.replace('False', 'no')),
+    (4, lambda s: s.replace('0.01', 'x', 1)), (6, lambda s: s.replace('Adam', 'adam')), (4, lambda s: s + '\n' + s), (9, lambda s: ''), (1, lambda s: 'opt,lr')])
+def test_a_damaged_line_is_named(line, change, tmp_path):
+    compare(out=tmp_path)
+    lines = (tmp_path/'results.csv').read_text().split('\n')
+    lines[line-1] = change(lines[line-1])
+    (tmp_path/'results.csv').write_text('\n'.join(lines))
+    with pytest.raises(ValueError, match=rf"results.csv' is damaged in line {2 if line == 1 else line}: "): compare(out=tmp_path)
+    assert (tmp_path/'results.csv').read_text() == '\n'.join(lines)
+
+def test_two_comparisons_in_one_folder(tmp_path):
+    class Again(Callback):
+        def before_train(self): compare(out=tmp_path)
+    with pytest.raises(ValueError, match='another run is at work in'): compare(partial(tiny, cbs=Again()), task='tiny', out=tmp_path)
+
+# Diverged or not defined
 
 def picky(*args):
     "A loss that refuses NaN"
@@ -196,18 +173,74 @@ def picky(*args):
 
 @pytest.mark.parametrize('loss', [MSELossFlat(), picky])
 def test_a_run_that_diverges_is_a_result(loss, tmp_path):
-    def make(opt_func): return Learner(dls(), nn.Linear(4, 1), loss, opt_func, metrics=mse)
-    df = compare_opts(make, ['NAdam'], [1e-2, 1e37], 3, 2, out=tmp_path)
+    def make(opt_func): return Learner(dls(True), nn.Linear(4, 1), loss, opt_func, metrics=mse)
+    df = compare(make, opts=['NAdam'], lrs=[1e-2, 1e37], epochs=3, seeds=2, out=tmp_path)
     assert df.groupby('lr').diverged.all().to_dict() == {1e-2: False, 1e37: True}
     assert df[df.lr > 1].drop(columns=['task', 'opt', 'lr', 'seed', 'epoch', 'diverged']).isna().all(axis=None)
-    assert summarize(df, 'mse').lr['NAdam'] == 1e-2
-    assert len(read_results(tmp_path)[0]) == len(df)
+    assert Comparison.load(tmp_path).best('NAdam')[0] == 1e-2 and Comparison.load(tmp_path).results.equals(df)
+
+def sometimes(*args): return math.nan if random.random() < 0.5 else 1.
+def never(*args): return None
+
+@pytest.mark.parametrize('metric', [sometimes, never])
+def test_a_metric_that_is_not_defined_is_no_divergence(metric):
+    def make(opt_func): return Learner(dls(True), nn.Linear(4, 1), MSELossFlat(), opt_func, metrics=[mse, FromFunc(metric)])
+    df = compare(make, metric=metric.__name__, lower_is_better=False)
+    assert df.metric.isna().any() and not df.diverged.any() and df.valid_loss.notna().all()
+
+class FromFunc(fastai.learner.Metric):
+    "A metric with a value of its own"
+    def __init__(self, f): self.f = f
+    def reset(self): pass
+    def accumulate(self, learn): pass
+    value = property(lambda self: self.f())
+    name = property(lambda self: self.f.__name__)
 
 @pytest.mark.parametrize('n_workers', [0, 2])
 def test_an_error_of_a_run_is_not_a_result(n_workers, tmp_path):
     class Fail(Callback):
-        def after_epoch(self): raise RuntimeError('broken callback')
-    with pytest.raises(RuntimeError, match='broken callback'): compare_opts(partial(tiny, cbs=Fail()), **small, out=tmp_path, n_workers=n_workers)
+        def after_train(self): raise RuntimeError('broken callback')
+    with pytest.raises(RuntimeError, match='broken callback'): compare(partial(tiny, cbs=Fail()), out=tmp_path, n_workers=n_workers)
+    with pytest.raises(ValueError, match='no results yet'): Comparison.load(tmp_path)
+
+# A search
+
+def test_a_search_tries_the_same_points_and_judges_on_fresh_seeds(tmp_path):
+    kw = dict(opts=['NAdam', 'Adam'], lrs=(1e-3, 1e-1), epochs=2, seeds=3, trials=8, grow=0, task='tiny')
+    c = search_opts(partial(tiny, test=True), **kw, out=tmp_path)
+    df = c.results[c.results.epoch == 2]
+    tried = df[df.seed < 2].groupby(['opt', 'seed'])[['lr', 'mom', 'wd']].apply(lambda o: sorted(map(tuple, o.to_numpy())))
+    assert len(tried) == 4 and all(o == tried.iloc[0] for o in tried) and len(tried.iloc[0]) == 8
+    pts = np.array(tried.iloc[0])
+    assert (pts >= [1e-3, .67, 5e-3]).all() and (pts <= [1e-1, .9875, 1]).all() and len(np.unique(pts[:,0])) == 8
+    for o in ('NAdam', 'Adam'):
+        judged = df[(df.opt == o) & (df.seed >= 100)]
+        assert sorted(judged.seed) == [100, 101, 102] and (judged[['lr', 'mom', 'wd']] == c.best(o)).all(axis=None)
+        means = df[(df.opt == o) & (df.seed < 2)].groupby(['lr', 'mom', 'wd']).metric.mean()
+        assert c.best(o) == means.idxmin()
+        assert math.isclose(c.summary().value[o], judged.test_metric.mean())
+    more = search_opts(partial(tiny, test=True), **{**kw, 'trials': 16, 'seeds': 4}, out=tmp_path).results
+    assert len(c.results.merge(more)) == len(c.results) and (more.seed < 2).sum() == 2*(c.results.seed < 2).sum()
+    with pytest.raises(ValueError, match='has a search'): compare(partial(tiny, test=True), task='tiny', out=tmp_path)
+
+def test_points_of_a_search():
+    some = search_points(['mom', 'lr'], (1e-4, 1), 16)
+    assert search_points(['mom', 'lr'], (1e-4, 1), 64)[:16] == some and {p[2] for p in some} == {None}
+    lrs = np.log10([p[0] for p in search_points(['lr', 'wd'], (1e-4, 1), 63)])
+    assert np.histogram(lrs, 4, (-4, 0))[0].tolist() == [15, 16, 16, 16] # without the corner
+    assert search_points(['wd'], [0.3], 1)[0][:2] == (0.3, None)
+
+def test_the_grid_grows_where_the_best_is_at_its_edge(tmp_path):
+    def slow(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat(), opt_func)
+    kw = dict(opts=['Adam', 'NAdam'], epochs=2, seeds=2, out=tmp_path)
+    c = compare_opts(slow, lrs=[1e-5, 1e-4], **kw, grow=1)
+    assert sorted(c.results.lr.unique()) == [1e-5, 1e-4, 1e-3] and (c.results.groupby('lr').size() == 8).all()
+    assert 'at the edge' in c.verdict()
+    c = compare_opts(slow, lrs=[1e-5, 1e-4], **{**kw, 'seeds': 3}, grow=2)
+    assert sorted(c.results.lr.unique()) == [1e-5, 1e-4, 1e-3, 1e-2] and (c.results.groupby('lr').size() == 12).all()
+    assert len(compare_opts(slow, lrs=[1e-5, 1e-4], **{**kw, 'seeds': 3}, grow=2).results) == len(c.results)
+    c = search_opts(slow, ['Adam'], (1e-5, 1e-4), 1, 1, trials=4, grow=1)
+    assert c.best('Adam')[0] > 1e-4 and c.results.lr.max() < 1e-4*10**.25 and sum(c.results.lr > 1e-4) == 2 + 1
 
 # What is refused
 
@@ -220,6 +253,8 @@ def counts(opt_func, n=itertools.count()):
     learn.model[0].bias.data += next(n)
     return learn
 def no_learner(opt_func): return opt_func
+def no_valid(opt_func): return Learner(type(dls())(dls()[0]), nn.Linear(4, 1), MSELossFlat(), opt_func)
+def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat(), opt_func, metrics=sometimes)
 
 @pytest.mark.parametrize('changed, msg', [
     (dict(make_learner=ignores), 'make_learner ignores its opt_func: asked for NAdam, it builds another optimizer (Adam)'),
@@ -227,25 +262,38 @@ def no_learner(opt_func): return opt_func
     (dict(make_learner=shares), 'make_learner must make a new model each time'),
     (dict(make_learner=counts), 'make_learner must give the same initial weights'),
     (dict(make_learner=no_learner), 'make_learner must return a Learner'),
+    (dict(make_learner=no_valid), 'with validation data'),
+    (dict(make_learner=unknown_metric, metric='sometimes'), "lower_is_better must be given for 'sometimes'"),
     (dict(opts=['NAdam', 'Nadam']), "opts: no optimizer 'Nadam'"), (dict(opts=['__import__("os")']), 'opts: no optimizer'),
-    (dict(opts=['NAdam(mom=1)']), 'mom must be in [0, 1), got 1.0'), (dict(opts=[]), 'opts must have one value or more'),
-    (dict(opts=['Adam', Adam]), 'opts has a value twice: Adam, Adam'), (dict(opts=[print]), 'opts: print makes no optimizer'),
+    (dict(opts=['NAdam(eps=-1)']), 'eps must be'), (dict(opts=[]), 'opts must have one value or more'),
+    (dict(opts=['Adam', Adam]), 'opts has a value twice: Adam, Adam'), (dict(opts=[print]), 'opts: print does not work'),
+    (dict(opts=['NAdam(mom=.5)']), 'opts: NAdam(mom=0.5) would not keep its mom: fit_one_cycle sets it at every step; give moms or momenta'),
+    (dict(opts=[partial(Adam, lr=.1)]), 'would not keep its lr'), (dict(opts=['Adam(wd=.1)'], wds=[.1, .2]), 'would not keep its wd'),
+    (dict(opts=['Adam(sqr_mom=1.0)']), 'Adam(sqr_mom=1.0) does not work'), (dict(opts=['ranger(k=0)']), 'ranger(k=0) does not work'),
+    (dict(opts=["Adam(eps='x')"]), "Adam(eps='x') does not work"),
     (dict(lrs=[]), 'lrs must have one value or more'), (dict(lrs=[0.]), 'lrs must be above 0'), (dict(lrs=[math.nan]), 'lr'), (dict(lrs=[-1]), 'lr must be'),
     (dict(lrs=[.1, .1]), 'lrs has a value twice'), (dict(epochs=0), 'epochs must be a whole number from 1, got 0'), (dict(seeds=0), 'seeds must be'),
-    (dict(seeds=[-1]), 'seeds must be a whole number from 0'), (dict(metric='f1'), "metric must be one of mse, valid_loss, got 'f1'"),
-    (dict(n_workers=-1), 'n_workers must be')], ids=str)
+    (dict(seeds=[-1]), 'seeds must be a whole number from 0'), (dict(metric='f1'), "metric must be one of valid_loss, mse, got 'f1'"),
+    (dict(momenta=[.5]), 'momenta must be from 2/3'), (dict(momenta=[1.]), 'mom must be'), (dict(wds=[-1]), 'wd must be'), (dict(moms=(.9, .8)), 'moms must be one momentum'),
+    (dict(moms=.9, momenta=[.9]), 'not both'), (dict(grow=-1), 'grow must be'), (dict(n_workers=-1), 'n_workers must be')], ids=str)
 def test_what_cannot_be_compared_is_refused(changed, msg, tmp_path):
     out = tmp_path/'out'
-    with pytest.raises(ValueError) as e: compare_opts(**{**dict(make_learner=tiny), **small, 'out': out, **changed})
+    with pytest.raises(ValueError) as e: compare(**{'out': out, **changed})
     assert msg in str(e.value) and not out.exists()
 
-@pytest.mark.parametrize('changed', [dict(lrs=[1e-2]), dict(epochs=3), dict(seeds=4), dict(task='other'), dict(opts=['Adam']), dict(metric='valid_loss'),
+@pytest.mark.parametrize('changed, msg', [(dict(search=['lr', 'eps']), "got 'eps'"), (dict(search=[]), 'search must have'), (dict(lrs=[.1]), 'the lowest and the highest'),
+    (dict(search=['mom'], lrs=(.1, .2)), 'one learning rate'), (dict(trials=0), 'trials must be'), (dict(moms=.9), 'not both'), (dict(opts=['Adam(wd=0)']), 'would not keep its wd')], ids=str)
+def test_what_cannot_be_searched_is_refused(changed, msg):
+    with pytest.raises(ValueError) as e: search_opts(tiny, **{**dict(opts=['Adam'], lrs=(.1, .2), epochs=1), **changed})
+    assert msg in str(e.value)
+
+@pytest.mark.parametrize('changed', [dict(epochs=3), dict(task='other'), dict(metric='mse'),
     dict(make_learner=lambda opt_func: Learner(dls(), nn.Linear(4, 1), MSELossFlat(), opt_func, metrics=mse))], ids=str)
 def test_the_folder_of_another_comparison_is_refused(changed, tmp_path):
-    kw = {**small, 'lrs': [1e-2, 1e-1], 'seeds': 1, 'make_learner': tiny, 'opts': ['NAdam'], 'task': 'tiny', 'epochs': 1, 'out': tmp_path}
-    compare_opts(**kw)
+    kw = dict(lrs=[1e-2, 1e-1], seeds=1, opts=['NAdam'], task='tiny', epochs=1, out=tmp_path)
+    compare(**kw)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match='has another comparison'): compare_opts(**{**kw, **changed})
+    with pytest.raises(ValueError, match='has another comparison'): compare(**{**kw, **changed})
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 def test_other_folders_are_refused(tmp_path):
@@ -253,18 +301,18 @@ def test_other_folders_are_refused(tmp_path):
     (tmp_path/'a'/'results.csv').write_text('mine')
     (tmp_path/'file').touch()
     for out,msg in (('a', 'has no results of a comparison'), ('file', 'out must be a folder'), ('file/below', 'out: cannot make')):
-        with pytest.raises(ValueError, match=msg): compare_opts(tiny, **small, out=tmp_path/out)
+        with pytest.raises(ValueError, match=msg): compare(out=tmp_path/out)
     assert (tmp_path/'a'/'results.csv').read_text() == 'mine' and [f.name for f in (tmp_path/'a').iterdir()] == ['results.csv']
-    with pytest.raises(ValueError, match='two or more'): summarize(compare_opts(tiny, ['Adam'], [1e-2], 1, 1))
-    with pytest.raises(ValueError, match="baseline must be one of Adam, got 'SGD'"): summarize(compare_opts(tiny, ['Adam'], [1e-2], 1, 2), baseline='SGD')
 
 # The command
 
 @pytest.mark.parametrize('args, msg', [
-    ('--task digit', "task must be one of digits, tabular, text, imagenette, imagewoof, or a folder of images, got 'digit'"), ('--opts NAdam,SGDD', "no optimizer 'SGDD'"),
-    ('--opts NAdam(epps=1)', "unexpected keyword argument 'epps'"), ('--metric f1', 'metric must be one of accuracy, valid_loss'), ('--seeds 1', 'seeds must be a whole number from 2'),
+    ('--task digit', "task must be one of digits, tabular, text, imagenette, imagewoof, a folder of images, or FILE.py:function, got 'digit'"),
+    ('--opts NAdam,SGDD', "no optimizer 'SGDD'"), ('--opts ,', 'opts must have one value or more'), ('--opts Adam(sqr_mom=1.0)', 'does not work'),
+    ('--opts NAdam(epps=1)', "unexpected keyword argument 'epps'"), ('--metric f1', 'metric must be one of valid_loss, accuracy'), ('--seeds 1', 'seeds must be a whole number from 2'),
     ('--lrs fast', "lrs must be numbers separated by commas, got 'fast'"), ('--lrs 0', 'lrs must be above 0'), ('--epochs 0', 'epochs must be a whole number from 1'),
     ('--baseline SGD', "baseline must be one of NAdam, Adam, got 'SGD'"), ('--width 0', 'width must be a whole number from 1'), ('--size 32', 'for a folder of images'),
+    ('--moms .9,.8', 'moms must be one momentum'), ('--momenta .5', 'momenta must be from 2/3'), ('--search lr,eps', "got 'eps'"), ('--lower_is_better maybe', 'must be yes or no'),
     ('--n_workers -1', 'n_workers must be'), ('--task {tmp}', "has no folder 'train'"), ('--quik', 'unrecognized arguments: --quik'), ('--seeds many', 'invalid int value')])
 def test_bad_input_is_one_line_and_nothing_is_written(args, msg, tmp_path, capsys):
     (tmp_path/'images').mkdir()
@@ -277,41 +325,43 @@ def test_bad_input_is_one_line_and_nothing_is_written(args, msg, tmp_path, capsy
 def command(out, *args):
     return [sys.executable, '-m', 'fastai_nadam.compare', '--task', 'tabular', '--quick', '--out', str(out), *args]
 
+def start(out, *args):
+    "The command, once it has results"
+    p = subprocess.Popen(command(out, *args), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.time() + 120
+    while time.time() < end and p.poll() is None and not ((out/'results.csv').exists() and (out/'results.csv').read_text().count('\n') > 3): time.sleep(0.02)
+    return p
+
 def test_a_killed_command_goes_on_where_it_was(tmp_path):
     out = tmp_path/'out'
-    p = subprocess.Popen(command(out, '--n_workers', '2', '--epochs', '3'), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    end = time.time() + 120
-    while not (out/'results.csv').exists() and time.time() < end and p.poll() is None: time.sleep(0.05)
+    p = start(out, '--n_workers', '2', '--epochs', '3')
     p.kill()
     p.communicate(timeout=30) # the workers end too, else their pipes stay open
-    df, _ = read_results(out)
-    assert 0 < len(df) < 16*3
-    assert (df.groupby(['opt', 'lr', 'seed']).size() == 3).all()
+    df = Comparison.load(out).results
+    assert 0 < len(df) < 16*3 and (df.groupby(['opt', 'lr', 'seed']).size() == 3).all()
     p = subprocess.run(command(out, '--n_workers', '0', '--epochs', '3'), cwd=root, capture_output=True, text=True)
     assert p.returncode == 0 and not p.stderr, p.stderr
-    assert 'runs, about 0 s left' in p.stdout and 'lr within a point' in p.stdout
-    assert p.stdout.rstrip('\n').split('\n')[-1] == sentence(summarize(read_results(out)[0]))
-    assert sorted(f.name for f in out.iterdir()) == ['results.csv', 'results.png', 'settings.json']
-    after = read_results(out)[0]
-    key = ['opt', 'lr', 'seed', 'epoch']
+    assert 'runs, about 0 s left' in p.stdout and 'best lr' in p.stdout
+    assert p.stdout.rstrip('\n').split('\n')[-1] == Comparison.load(out).verdict()
+    assert sorted(f.name for f in out.iterdir() if f.name != '.lock') == ['results.csv', 'results.png', 'settings.json']
+    after = Comparison.load(out).results
     assert len(after) == 16*3 and df.merge(after, on=list(df.columns)).shape == df.shape
 
-@pytest.mark.parametrize('task', c.tasks)
-def test_tasks_train(task):
-    "Better than always giving the most frequent answer"
-    t = c.tasks[task]
-    df = compare_opts(t['make_learner'], ['NAdam'], [t['lrs'][1]], t['epochs'], [0])
-    assert df.metric.iloc[-1] > dict(digits=0.8, tabular=0.9, text=0.2)[task]
-    numel = [sum(p.numel() for p in t['make_learner'](NAdam, width=w).model.parameters()) for w in (1, 2)]
-    assert numel[1] > 1.5*numel[0]
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks for the workers in /proc')
+@pytest.mark.parametrize('how', ['Ctrl-C', 'worker'])
+def test_an_interrupted_command_says_how_to_go_on(how, tmp_path):
+    p = start(tmp_path/'out', '--n_workers', '2', '--epochs', '30')
+    workers = [int(o) for o in Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split()]
+    os.kill(p.pid if how == 'Ctrl-C' else workers[0], signal.SIGINT if how == 'Ctrl-C' else signal.SIGKILL)
+    _, err = p.communicate(timeout=30)
+    assert err.count('\n') == 1 and 'the same command with the same out goes on' in err, err
+    assert p.returncode == (130 if how == 'Ctrl-C' else 2)
 
-def test_a_folder_of_images(tmp_path):
-    from fastai_nadam.data import digits_path
-    for f in digits_path().glob('*/[38]/*[05].png'):
-        to = tmp_path/'images'/f.relative_to(digits_path())
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_bytes(f.read_bytes())
-    args = ['--task', str(tmp_path/'images'), '--size', '8', '--bs', '16', '--opts', 'NAdam,Adam', '--lrs', '1e-2', '--epochs', '1', '--seeds', '2', '--n_workers', '0']
+def test_a_search_by_command(tmp_path):
+    (tmp_path/'my_task.py').write_text('from fastai_nadam.tasks import tabular_task_learner as mine\n')
+    args = ['--task', f'{tmp_path}/my_task.py:mine', '--opts', 'NAdam,Adam', '--search', 'lr,mom', '--trials', '3', '--trial_seeds', '1', '--lrs', '1e-3,1e-1',
+        '--seeds', '2', '--epochs', '1', '--n_workers', '0', '--grow', '0', '--metric', 'accuracy', '--margin', '0.1', '--baseline', 'NAdam']
     assert main([*args, '--out', str(tmp_path/'out')]) == 0
-    df, settings = read_results(tmp_path/'out')
-    assert settings['task'] == f"{tmp_path/'images'}, size 8, bs 16" and len(df) == 4
+    c = Comparison.load(tmp_path/'out')
+    assert c.settings['task'] == 'mine' and len(c.results) == 2*(3 + 2) and c.metric == 'accuracy' and not c.lower_is_better
+    assert c.results.wd.isna().all() and c.results.mom.nunique() == 3

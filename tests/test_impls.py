@@ -269,7 +269,7 @@ def test_change_of_impl(impl):
     assert_same(c, b, ps, qs)
 
 @needs_kernel
-def test_what_foreach_and_fused_mean():
+def test_what_foreach_and_fused_mean(without_kernel):
     f32 = torch.float32
     assert pick_impl('cpu', f32) is fused_step and pick_impl('cpu', f32, None, True) is fused_step
     assert pick_impl('cpu', f32, False, False) is None
@@ -280,7 +280,7 @@ def test_what_foreach_and_fused_mean():
     with pytest.raises(ValueError, match='fused=True.*meta'): NAdam([torch.zeros(2, device='meta')], 1., fused=True)
     with pytest.raises(ValueError, match="fused must be .* got 'yes'"): NAdam(p, 1., fused='yes')
 
-def test_without_the_kernel(monkeypatch):
+def test_without_the_kernel(monkeypatch, without_kernel):
     "On a PyTorch that has no such kernel, the default is foreach, and fused=True an error"
     from fastai_nadam import multi_tensor
     monkeypatch.delattr(torch, '_fused_adamw_')

@@ -1,5 +1,5 @@
 "The package, the notebooks it is exported from, the README and the site agree with one another, and what is built installs"
-import ast, email, importlib, json, os, re, runpy, shutil, subprocess, sys, sysconfig, venv, zipfile
+import ast, email, importlib, json, os, re, runpy, shutil, subprocess, sys, sysconfig, tarfile, venv, zipfile
 from configparser import ConfigParser
 from importlib.metadata import distribution
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_module_imports_only_from_rows_above_it():
     assert order[0] == 'rules' and {'steppers', 'optimizer', 'data', 'train'} < set(order)
     assert {f.stem for f in (root/'fastai_nadam').glob('*.py')} == {*order, '__init__', '_modidx', 'all'}
     for i,mod in enumerate(order):
-        above = set(order[:i])
+        above = {*order[:i], *['_kernel']*(mod == 'multi_tensor')}
         assert set(rooms(root/f'fastai_nadam/{mod}.py')) <= above, f'{mod} may import only {above}'
     assert rooms(root/'fastai_nadam/all.py') == [o for o in order if o not in ('multi_tensor', 'cli')], 'all.py has every room in which there is something to name'
     assert rooms(root/'fastai_nadam/__init__.py') == ['optimizer']
@@ -178,6 +178,11 @@ def test_site_has_every_notebook(project):
 
 # What is built and installed
 
+# Without a GIL, Python has no stable ABI to build the kernel for
+compiler = (os.environ.get('CC') or sysconfig.get_config_var('CC') or 'cl').split()[0]
+has_compiler = bool(shutil.which(compiler) and subprocess.run([compiler, '--version'], capture_output=True).returncode == 0
+    and Path(sysconfig.get_path('include'), 'Python.h').exists() and not sysconfig.get_config_var('Py_GIL_DISABLED'))
+
 @pytest.fixture(scope='session')
 def dist(copy_project, tmp_path_factory):
     "The folder of the sdist, and of the wheel built from it"
@@ -199,13 +204,17 @@ def test_wheel_has_the_facts_of_settings_ini(dist):
     for extra,reqs in settings['extras'].items(): expected |= {Requirement(f'{o}; extra == "{extra}"') for o in reqs.split('\n') if o}
     assert {Requirement(o) for o in meta.get_all('Requires-Dist')} == expected
     assert set(meta.get_all('Provides-Extra')) == set(settings['extras'])
-    assert meta['Version'] == version and wheel.name == f'fastai_nadam-{version}-py3-none-any.whl' and sdist.name == f'fastai_nadam-{version}.tar.gz'
+    built = [o for o in files if o.startswith('_kernel.')]
+    assert len(built) == has_compiler, built
+    tag = 'cp310-abi3' if built else 'py3-none-any'
+    assert meta['Version'] == version and wheel.name.startswith(f'fastai_nadam-{version}-{tag}') and sdist.name == f'fastai_nadam-{version}.tar.gz'
     assert meta['Requires-Python'] == f">={pkg['min_python']}" and meta['License-Expression'] == pkg['license'] and meta['Author'] == pkg['author']
     assert meta['Keywords'].split(',') == pkg['keywords'].split(', ')
     assert meta.get_all('Classifier') == pkg['classifiers'].strip().split('\n')
     assert meta.get_payload().strip() == (root/'README.md').read_text(encoding='utf-8').strip()
     for k,v in settings['console_scripts'].items(): assert f'{k} = {v}' in scripts
-    assert files == {f.name for f in (root/'fastai_nadam').glob('*.py')}
+    assert files == {f.name for f in (root/'fastai_nadam').glob('*.py')} | set(built)
+    with tarfile.open(sdist) as t: assert f'{t.getnames()[0]}/fastai_nadam/kernel.c' in t.getnames()
 
 def test_wheel_runs_in_an_empty_environment(dist, tmp_path):
     "Empty but for what the requirements bring, which is borrowed from the environment of the tests"
@@ -215,9 +224,19 @@ def test_wheel_runs_in_an_empty_environment(dist, tmp_path):
     run(bin/'python', '-m', 'pip', 'install', '--no-deps', '--no-index', next(dist.glob('*.whl')))
     site = Path(run(bin/'python', '-c', "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     (site/'borrowed.pth').write_text('\n'.join({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}))
-    where = run(bin/'python', '-c', 'import fastai_nadam.all; print(fastai_nadam.__file__)', cwd=tmp_path)
-    assert Path(where.strip()) == site/'fastai_nadam/__init__.py'
-    for name in settings['console_scripts']: assert f'usage: {name}' in run(bin/name, '--help', cwd=tmp_path)
+    alone = dict(cwd=tmp_path, env={k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'FASTAI_NADAM_KERNEL')})
+    where, built = run(bin/'python', '-c', 'import fastai_nadam.all as f, fastai_nadam.multi_tensor as m; print(f.__file__, bool(m._kernel))', **alone).split()
+    assert Path(where) == site/'fastai_nadam/all.py' and built == str(has_compiler)
+    for name in settings['console_scripts']: assert f'usage: {name}' in run(bin/name, '--help', **alone)
+
+@pytest.mark.skipif(os.name == 'nt', reason='has no CC')
+def test_installs_without_a_compiler(project, tmp_path):
+    p = subprocess.run([sys.executable, '-m', 'pip', 'install', '-v', '--no-deps', '--no-build-isolation', '--target', tmp_path/'site', project],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'CC': '/bin/false'})
+    assert p.returncode == 0 and 'Traceback' not in p.stdout and 'building extension "fastai_nadam._kernel" failed' in p.stdout, p.stdout
+    code = "import torch; from fastai_nadam import NAdam; p = torch.ones(3); p.grad = p.clone(); o = NAdam([p], 0.1); o.step(); print(o.impl, (p != 1).all().item())"
+    impl = run(sys.executable, '-c', code, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path/'site')})
+    assert impl.split() in (['fused', 'True'], ['foreach', 'True'])
 
 # The commands, and who runs them
 
@@ -257,7 +276,7 @@ def test_workflows_are_well_formed():
     for flow in flows.values():
         assert flow['name'] and flow[True] and flow['permissions']  # YAML reads the key `on` as true
         for job in flow['jobs'].values():
-            assert job['runs-on'] and set(job.get('needs', '').split()) <= set(flow['jobs'])
+            assert job['runs-on'] and {*([n] if isinstance(n := job.get('needs', []), str) else n)} <= set(flow['jobs'])
             for step in job['steps']: assert ('uses' in step) != ('run' in step), step
     jobs = flows['test']['jobs']
     pythons = jobs['python']['strategy']['matrix']['python']

@@ -1,0 +1,134 @@
+"""What the stored results of `tutorial.compare` say: effects on tasks, across tasks, over trials; times to a target"""
+from math import comb
+from pathlib import Path
+
+import numpy as np, pandas as pd
+from scipy.stats import binomtest, t as student_t
+
+here = Path(__file__).parent
+names = 'digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo'.split()
+adam, nadam = 'NAdam(nesterov=False)', 'NAdam'
+point = ['lr', 'mom', 'wd']
+
+def load(
+    folder:str, # `landscape`, `short`, `middle`, `long`, …
+    tasks:list=names # Which tasks; one that has not been run is left out
+) -> pd.DataFrame: # One row per run and epoch
+    "Results of a folder"
+    return pd.concat([pd.read_csv(f) for o in tasks if (f := here/folder/o/'results.csv').exists()], ignore_index=True)
+
+def finals(
+    df:pd.DataFrame # From `load`
+) -> pd.DataFrame: # One row per run, with `tune` and `test`: logarithms of the losses
+    "The end of each run. One that diverged has the worst outcome of its task"
+    df = df[df.epoch == df.groupby('task').epoch.transform('max')].copy()
+    for k,loss in dict(tune='valid_loss', test='test_loss').items():
+        val = np.log(df[loss].where(~df.diverged))
+        df[k] = val.fillna(val.groupby(df.task).transform('max'))
+    return df
+
+def winners(
+    f:pd.DataFrame # From `finals`, of a search
+) -> pd.DataFrame: # Index task and opt; lr, mom, wd and the mean losses of the trials
+    "The point that the trials chose for each optimizer on each task: the best mean on the tuning data"
+    m = f[f.seed < 100].groupby(['task', 'opt', *point], sort=False)[['tune', 'test']].mean().reset_index()
+    return m.loc[m.groupby(['task', 'opt'], sort=False).tune.idxmin()].set_index(['task', 'opt'])
+
+def paired(
+    a:pd.Series, # Logarithms of the loss, by seed
+    b:pd.Series # The same of the baseline
+) -> tuple: # (mean difference, its standard error, number of pairs), the first two in per cent of the loss
+    "Difference on the same seeds"
+    d = 100*(a - b).dropna()
+    return d.mean(), d.std()/np.sqrt(len(d)), len(d)
+
+def effects(
+    f:pd.DataFrame, # From `finals`, of a search
+    opt:str=nadam, # Optimizer
+    base:str=adam # Baseline
+) -> pd.DataFrame: # Index task; `diff`, `se`, `n`
+    "Difference of the winners on new seeds, on the test data"
+    new = f[f.seed >= 100].set_index(['task', 'opt', 'seed']).test
+    tasks = [o for o in dict.fromkeys(f.task) if {(o, opt), (o, base)} <= {k[:2] for k in new.index}]
+    return pd.DataFrame({o: paired(new[o, opt], new[o, base]) for o in tasks}, index=['diff', 'se', 'n']).T
+
+def trial_weights(
+    n_points:int, # Number of points that were tried
+    n:int # Number of trials
+) -> np.ndarray: # One weight per point, the best first
+    "Chance of each point to be the best of `n` of them, drawn without replacement"
+    return np.array([comb(n_points-1-i, n-1) for i in range(n_points)])/comb(n_points, n)
+
+def expected_best(
+    tune, # Points: what chooses, lower is better
+    test, # Points: what is judged
+    n:int # Number of trials
+) -> float:
+    "Mean of what is judged at the best of `n` trials, over all choices of them"
+    return trial_weights(len(tune), n) @ np.asarray(test)[np.argsort(tune, kind='stable')]
+
+def trial_effects(
+    f:pd.DataFrame, # From `finals`, of a search
+    n:int, # Number of trials
+    opt:str=nadam, # Optimizer
+    base:str=adam, # Baseline
+    n_boot:int=400 # Bootstrap samples of the points
+) -> pd.DataFrame: # Index task; `diff` and `se` in per cent of the loss
+    "Difference of the expected best of `n` trials; the standard error is the bootstrap's over the points, the same for both"
+    m = f[f.seed < 100].groupby(['task', 'opt', *point], sort=False)[['tune', 'test']].mean()
+    rng, res = np.random.default_rng(0), {}
+    for task in dict.fromkeys(f.task):
+        if not {(task, opt), (task, base)} <= {k[:2] for k in m.index}: continue
+        a, b = m.loc[task, opt], m.loc[task, base]
+        a, b = (o.loc[a.index.intersection(b.index)].to_numpy().T for o in (a, b))
+        def diff(i): return 100*(expected_best(*a[:,i], n) - expected_best(*b[:,i], n))
+        every = np.arange(a.shape[1])
+        res[task] = diff(every), np.std([diff(rng.choice(every, len(every))) for _ in range(n_boot)], ddof=1)
+    return pd.DataFrame(res, index=['diff', 'se']).T
+
+def pool(
+    effects:pd.DataFrame, # `diff` and `se` of each task
+    level:float=0.95 # Of the interval
+) -> pd.Series: # `mean`, `low`, `high`, `tau` (deviation between tasks), `p`, `better` of `k` tasks, `sign_p`
+    "Across tasks: random effects (DerSimonian and Laird's variance), the interval of Hartung and Knapp; a sign test"
+    y, v, k = effects['diff'].to_numpy(float), effects.se.to_numpy(float)**2, len(effects)
+    w = 1/v
+    q, c = (w*(y - (w@y)/w.sum())**2).sum(), w.sum() - (w**2).sum()/w.sum()
+    tau2 = max(0., (q - (k-1))/c)
+    w = 1/(v + tau2)
+    mean = (w@y)/w.sum()
+    se = np.sqrt((w*(y-mean)**2).sum()/(k-1)/w.sum())
+    half, better = student_t.ppf((1+level)/2, k-1)*se, int((y < 0).sum())
+    return pd.Series(dict(mean=mean, low=mean-half, high=mean+half, tau=np.sqrt(tau2), p=2*student_t.sf(abs(mean/se), k-1),
+        better=better, k=k, sign_p=binomtest(better, k).pvalue))
+
+def holm(
+    ps # p-values
+) -> list: # In the same order
+    "p-values corrected by Holm's method"
+    order, res, high = np.argsort(ps), [0.]*len(ps), 0.
+    for i,j in enumerate(order):
+        high = max(high, min(1., (len(ps)-i)*ps[j]))
+        res[j] = high
+    return res
+
+def times_to_target(
+    df:pd.DataFrame, # From `load`, of a search, with every epoch of the new seeds
+    opts:list # Optimizers
+) -> pd.DataFrame: # A row for each task and seed, a column for each optimizer: epochs, inf where the target was not reached
+    "Epochs until the tuning loss reaches the worst of the optimizers' median final losses, linear within an epoch"
+    res = {}
+    for task,d in df[(df.seed >= 100) & df.opt.isin(opts)].groupby('task', sort=False):
+        curves = {o: g.sort_values('epoch').pivot(index='seed', columns='epoch', values='valid_loss') for o,g in d.groupby('opt')}
+        target = max(c.iloc[:,-1].median() for c in curves.values())
+        for opt,c in curves.items():
+            for seed,row in c.iterrows():
+                hit = np.flatnonzero(row.to_numpy() <= target)
+                if not len(hit): t = np.inf
+                elif (i := hit[0]) == 0: t = c.columns[0]
+                else:
+                    a, b = row.iloc[i-1], row.iloc[i]
+                    share = (a-target)/(a-b) if np.isfinite(a) else 1.
+                    t = c.columns[i-1] + share*(c.columns[i]-c.columns[i-1])
+                res.setdefault((task, seed), {})[opt] = t
+    return pd.DataFrame.from_dict(res, orient='index')[opts]
