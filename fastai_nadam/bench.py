@@ -17,7 +17,7 @@ from .cli import check_int, cli, save_fig, save_json, versions
 from .data import get_dls
 from .multi_tensor import fused_step, pick_impl
 from .optimizer import DozatNAdam, NAdam
-from .train import archs, make_learner, new_model, recipes
+from .train import archs, digits_config, make_learner, new_model
 
 # %% ../nbs/17_bench.ipynb #07ec
 reference = 'AdamW(fused)'
@@ -215,8 +215,8 @@ def bench_epoch(
     peers:dict|None=None, # Name → `opt_func`, with the `reference` among them; None: all of `find_peers`
     rounds:int=3, # How often to time each
     arch:str='xresnet34', # Network
-    size:int=recipes['digits']['size'], # Side of the images, in pixels
-    bs:int=recipes['digits']['bs'], # Images per batch
+    size:int=digits_config['size'], # Side of the images, in pixels
+    bs:int=digits_config['bs'], # Images per batch
     device:str='cpu' # Where to train
 ) -> pd.DataFrame: # A row for each optimizer, medians
     "An epoch of `nadam-train` on the digits under each optimizer"
