@@ -20,7 +20,7 @@ from .multi_tensor import fused_step, kernel_step, pick_impl
 from .optimizer import DozatNAdam, NAdam
 from .cli import check_int, cli, save_fig, save_json, versions
 from .data import get_dls
-from .train import archs, make_learner, new_model
+from .train import archs, digits_config, make_learner, new_model
 
 # %% ../nbs/17_bench.ipynb #07ec
 reference, ours = 'AdamW(fused)', ('NAdam', 'DozatNAdam')
@@ -306,8 +306,8 @@ def bench_training(
     peers:dict|None=None, # Name → `opt_func`, with the `reference` among them; None: all of `find_peers`
     rounds:int=20, # How often to time each
     arch:str='xresnet34', # Network
-    size:int=24, # Side of the images, in pixels
-    bs:int=64, # Images per batch
+    size:int=digits_config['size'], # Side of the images, in pixels
+    bs:int=digits_config['bs'], # Images per batch
     device:str='cpu' # Where to train
 ) -> pd.DataFrame: # A row for each optimizer, medians, and what `ratios` gives for a batch
     "What a batch of `nadam-train` on the digits takes under each optimizer, and how much of it is the optimizer's"

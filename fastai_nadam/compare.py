@@ -18,7 +18,7 @@ from .cli import atomic_save, check_int, cli, has_bars, lock_folder, save_fig, s
 from .optimizer import check_hyper
 from .results import Comparison, find_direction, in_order, read_folder, result_cols, run_cols
 from .tasks import find_task
-from .train import opts as named_opts
+from .train import opt_funcs as named_opts
 
 # %% ../nbs/16_compare.ipynb #29224b58
 def opt_name(
