@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
-from operator import itemgetter
+from itertools import pairwise
+from operator import eq, itemgetter
 
 import numpy as np, torch
 from torch import Tensor, nn
@@ -206,14 +207,26 @@ class _Batch:
         except KeyError: return False
         return vals.count(tuple(self.new.values())) == len(vals)
 
+def _tensors(ps, gs, states): return [*ps, *gs, *(s[k] for k in _avgs for s in states)]
+
 @patch
 def _key(self:NAdamOptimizer, groups, ps, gs, states):
     "All that batches depend on, besides the numbers in the states; None if a tensor is missing or not plain"
     try:
-        ts = [*ps, *gs, *(s[k] for k in _avgs for s in states)]
+        ts = _tensors(ps, gs, states)
         if not {*map(type, ts)} <= {*_plain}: return
-        return [self.foreach, self.fused, groups, [s.get('do_wd') for s in states], *(list(map(f, ts)) for f in _look)]
+        return [self.foreach, self.fused], groups, [s.get('do_wd') for s in states], *(list(map(f, ts)) for f in _look)
     except (KeyError, RuntimeError): return # no averages yet; a sparse tensor has no address
+
+@patch
+def _same_key(self:NAdamOptimizer, key, groups, ps, gs, states):
+    "Is `key` still the key? Compared piece by piece, which is faster than making another"
+    flags, old_groups, do_wds, *looks = key
+    if flags != [self.foreach, self.fused] or groups != old_groups or do_wds != [s.get('do_wd') for s in states]: return False
+    try:
+        ts = _tensors(ps, gs, states)
+        return {*map(type, ts)} <= {*_plain} and all(all(map(eq, old, map(f, ts))) for old,f in zip(looks, _look))
+    except (KeyError, RuntimeError): return False
 
 # %% ../nbs/03_optimizer.ipynb #20sf
 def _local(t): return t.to_local() if hasattr(t, 'to_local') else t
@@ -234,31 +247,45 @@ def _shared(rows, l2):
         end = max(end, start+n)
     return res
 
+def _ordinary(n, key, ts):
+    "Is all as it mostly is: `n` parameters like their gradients and averages, contiguous, on one device, each in memory of its own?"
+    *_, ptrs, sizes, _, dtypes, negs = key
+    if any(o[:n] != o[k:k+n] for o in (sizes, dtypes) for k in (n, 2*n, 3*n)) or any(negs): return False
+    if not all(map(Tensor.is_contiguous, ts)) or len({*map(Tensor.device.__get__, ts)}) > 1: return False
+    return all(a and a+m <= b for (a,m),(b,_) in pairwise(sorted(zip(ptrs, map(Tensor.nbytes.__get__, ts)))))
+
 @patch
-def _sort(self:NAdamOptimizer, groups, ps, gs, states):
-    "Check everything, start what has no state, and put together what can be stepped together"
+def _prepare(self:NAdamOptimizer, ps, gs, states):
+    "Check everything, and start what has no state. Returns the positions that have to go through the steppers"
     for o in zip(ps, gs, states): _check_tensors(*o)
     for j,(p,g,state) in enumerate(zip(ps, gs, states)):
         _init_state(p, state)
         if 0 in g.stride() and not g.is_contiguous(): # expanded: L2 decay could not write to it
             p.grad = gs[j] = g.clone(memory_format=torch.contiguous_format)
     rows = [(p, g, *map(state.get, _avgs)) for p,g,state in zip(ps, gs, states)]
-    alone, res = _shared(rows, not self.decouple_wd), defaultdict(list)
+    return _shared(rows, not self.decouple_wd) | {j for j,row in enumerate(rows) if not raw_tensors(*row)}
+
+@patch
+def _sort(self:NAdamOptimizer, groups, ps, states, alone):
+    "Put together what can be stepped together; `alone` are positions to step one by one"
+    res = defaultdict(list)
     shared = ('step', 'sqr_mom_prod', 'do_wd', *self.rule(step=1, **self.hypers[0])[2])
-    for j,(i,p,row,state) in enumerate(zip(groups, ps, rows, states)):
+    for j,(i,p,state) in enumerate(zip(groups, ps, states)):
         impl = None if j in alone else self._impl(p)
-        if impl and raw_tensors(*row): res[impl, i, p.dtype, p.device, *map(state.get, shared)].append(j)
-        else: res[None, i].append(j)
+        res[(impl, i, p.dtype, p.device, *map(state.get, shared)) if impl else (None, i)].append(j)
     return [_Batch(impl, i, idxs) for (impl,i,*_),idxs in res.items()]
 
 @patch
-def _batches(self:NAdamOptimizer, *todo):
+def _batches(self:NAdamOptimizer, groups, ps, gs, states):
     "Groups, parameters, gradients and states in batches: those of the last step, if they are still right"
     if self._last:
         key, batches = self._last
-        if key == self._key(*todo) and all(b.in_step(todo[-1]) for b in batches): return batches
-    batches = self._sort(*todo)
-    key = self._key(*todo) # again, as averages may have been started
+        if self._same_key(key, groups, ps, gs, states) and all(b.in_step(states) for b in batches): return batches
+    key, alone = self._key(groups, ps, gs, states), ()
+    if not key or not _ordinary(len(ps), key, _tensors(ps, gs, states)):
+        alone = self._prepare(ps, gs, states)
+        key = self._key(groups, ps, gs, states)
+    batches = self._sort(groups, ps, states, alone)
     self._last = key and (key, batches)
     return batches
 
