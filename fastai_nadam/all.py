@@ -3,8 +3,9 @@ from .steppers import *
 from .optimizer import *
 from .interop import *
 from .insight import *
-from .data import data_path, digits_path, get_dls, image_dls
-from .train import make_learner, train
+from .data import *
+from .checkpoint import *
+from .train import *
 from .tasks import find_task
 from .results import Comparison, confidence_interval
 from .compare import compare_opts, search_opts

@@ -72,14 +72,15 @@ def data_path(
 def list_images(
     path:str|Path # Folder with images in `train/<class>/` and `val/<class>/`
 ) -> L: # The images, those for training first
-    "List the images of a folder, which must have the same two or more classes in both parts. Raises a `ValueError`"
+    "The images of a folder, which must have the same two or more classes in both parts. Raises a `ValueError`"
     path = Path(path)
     if not path.is_dir(): raise ValueError(f"no such folder: {str(path)!r}")
     valid = 'valid' if (path/'valid').is_dir() and not (path/'val').is_dir() else 'val'
     for o in ('train', valid):
         if not (path/o).is_dir():
             raise ValueError(f"{str(path)!r} has no folder {o!r}; images belong in train/<class>/ and val/<class>/")
-    train, val = (get_image_files(path/o).filter(lambda f: f.parent.parent == path/o).sorted() for o in ('train', valid))
+    def images(part): return get_image_files(part).filter(lambda f: f.parent.parent == part).sorted()
+    train, val = images(path/'train'), images(path/valid)
     train_cls, val_cls = (set(o.map(parent_label)) for o in (train, val))
     if len(train_cls) < 2:
         n = f"{len(train_cls)} class{'' if len(train_cls)==1 else 'es'}"

@@ -6,72 +6,97 @@
 __all__ = ['opt_table', 'StepTrace', 'UpdateStats', 'plot_rule']
 
 # %% ../nbs/05_insight.ipynb #03ec
-import math
+import math, warnings
 from collections import deque
 from functools import partial
 from types import MethodType
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from matplotlib.colors import LogNorm
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import Lookahead, Optimizer, OptimWrapper, adam_step, l2_reg, lamb_step, radam_step, weight_decay
-from fastai.torch_core import subplots
+from fastcore.basics import patch
+from .interop import fastai_name
 from .optimizer import check_hyper
 from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
 from .steppers import dozat_step, nadam_step
 
+# %% ../nbs/05_insight.ipynb #12ec
+def opt_table(
+    learn_or_opt # A `Learner`, or a fastai `Optimizer`, `Lookahead` or `OptimWrapper`
+) -> pd.DataFrame: # A row per parameter, by name (by position for an optimizer); of the averages, the norms
+    "What the optimizer knows about each parameter: hypers, flags, size of state. Raises a `TypeError` if it is none"
+    if isinstance(learn_or_opt, Learner) and learn_or_opt.opt is None:
+        learn_or_opt.create_opt() # as the next `fit` will; not kept, since the user may still choose another `opt_func`
+        try: return opt_table(learn_or_opt)
+        finally: learn_or_opt.opt = None
+    opt, names = _find_opt(learn_or_opt)
+    hypers = [k for k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd') if k in opt.hypers[0]]
+    rows = [dict(param=names.get(p, i), group=g, shape=tuple(p.shape), numel=p.numel(), **{k: h[k] for k in hypers},
+        do_wd=s.get('do_wd', True), force_train=s.get('force_train', False), trainable=p.requires_grad,
+        step=s.get('step'), **{k: _norm(s[k]) if k in s else math.nan for k in ('grad_avg', 'sqr_avg')})
+        for i,(g,p,h,s) in enumerate(_each_param(opt))]
+    return pd.DataFrame(rows).set_index('param').astype({'step': 'Int64'})
+
+Learner.opt_table = opt_table
+
 # %% ../nbs/05_insight.ipynb #09ec
-# The rule each stepper follows. RAdam and LAMB debias as Adam does, and rescale the whole step afterwards
-_stepper_rules = {nadam_step: ruder_rule, dozat_step: dozat_rule, **dict.fromkeys((adam_step, radam_step, lamb_step), adam_rule)}
-
-# The rule of each torch optimizer, and whether it decouples weight decay; newer ones say the latter in their hypers
-_torch_opts = {torch.optim.NAdam: (dozat_rule, False), torch.optim.Adam: (adam_rule, False), torch.optim.AdamW: (adam_rule, True),
-    torch.optim.RAdam: (adam_rule, False), torch.optim.SGD: (None, False), torch.optim.RMSprop: (None, False)}
-
-_fastai_names = dict(exp_avg='grad_avg', momentum_buffer='grad_avg', exp_avg_sq='sqr_avg', square_avg='sqr_avg',
-    mu_product='mu_prod', momentum_decay='mom_decay')
-
 def _find_opt(o):
     "The optimizer in `o`, without a `Lookahead` around it, and the names of its parameters if `o` is a `Learner`"
-    opt,names = (o.opt, {p: n for n,p in o.model.named_parameters()}) if isinstance(o, Learner) else (o, {})
+    opt, names = (o.opt, {p: n for n,p in o.model.named_parameters()}) if isinstance(o, Learner) else (o, {})
     while isinstance(opt, Lookahead): opt = opt.opt
     if not isinstance(opt, (Optimizer, OptimWrapper)):
         hint = "; wrap it: OptimWrapper(opt=opt)" if isinstance(opt, torch.optim.Optimizer) else ""
-        raise TypeError(f"opt must be a Learner, a fastai Optimizer, Lookahead or OptimWrapper, got {type(opt).__name__}{hint}")
+        raise TypeError("opt must be a Learner, a fastai Optimizer, Lookahead or OptimWrapper, "
+            f"got {type(opt).__name__}{hint}")
     return opt, names
 
-def _plain(d):
+def _in_fastai_names(d):
     "`d` under fastai's names, with numbers as plain numbers"
     res = {}
     for k,v in d.items():
-        if v is None or (k == 'momentum_buffer' and 'square_avg' in d): continue # the momentum of RMSprop averages steps, not gradients
-        k = _fastai_names.get(k, k)
-        res[k] = v.item() if isinstance(v, (np.generic, Tensor)) and v.ndim == 0 and k not in ('grad_avg', 'sqr_avg') else v
+        if v is None or (k == 'momentum_buffer' and 'square_avg' in d): continue # RMSprop's momentum averages steps
+        k = fastai_name(k)
+        res[k] = v.item() if isinstance(v, (np.generic, Tensor)) and v.ndim == 0 and k[-4:] != '_avg' else v
     return res
 
 def _each_param(opt):
     "Group number, parameter, hypers and state of each parameter of `opt`"
     for i,(pg,h) in enumerate(zip(opt.param_lists, opt.hypers)):
-        h = _plain(h)
+        h = _in_fastai_names(h)
         for p in pg:
             s = opt.state.get(p, {})
-            # A torch optimizer does not look at the `do_wd` that `Learner` leaves in the wrapper
-            if isinstance(opt, OptimWrapper): s = {**{k: v for k,v in s.items() if k != 'do_wd'}, **opt.opt.state.get(p, {})}
-            yield i, p, h, _plain(s)
+            if isinstance(opt, OptimWrapper): # torch optimizers do not look at the `do_wd` that `Learner` leaves here
+                s = {**{k: v for k,v in s.items() if k != 'do_wd'}, **opt.opt.state.get(p, {})}
+            yield i, p, h, _in_fastai_names(s)
+
+def _float(t):
+    "`t` detached, dense, and in at least float32"
+    t = t.detach()
+    return (t if t.layout == torch.strided else t.to_dense()).to(torch.promote_types(t.dtype, torch.float32))
+def _norm(t): return torch.linalg.vector_norm(_float(t)).item()
+
+# %% ../nbs/05_insight.ipynb #09fc
+# The rule each stepper follows. RAdam and LAMB debias as Adam does, and rescale the whole step afterwards
+_stepper_rules = {nadam_step: ruder_rule, dozat_step: dozat_rule,
+    **dict.fromkeys((adam_step, radam_step, lamb_step), adam_rule)}
+
+# The rule of each torch optimizer, and whether it decouples weight decay; newer ones say the latter in their hypers
+_torch_opts = {torch.optim.NAdam: (dozat_rule, False), torch.optim.AdamW: (adam_rule, True),
+    **dict.fromkeys((torch.optim.Adam, torch.optim.RAdam), (adam_rule, False)),
+    **dict.fromkeys((torch.optim.SGD, torch.optim.RMSprop), (None, False))}
 
 def _rule_of(opt):
     "The rule by which `opt` weighs average and gradient, None if it follows none of the family"
     if isinstance(opt, OptimWrapper): return _torch_opts.get(type(opt.opt), (None,))[0]
     if hasattr(opt, 'rule'): return opt.rule
     for cb in opt.cbs:
-        f,kw = getattr(cb, 'func', cb), dict(getattr(cb, 'keywords', {}))
+        f, kw = getattr(cb, 'func', cb), dict(getattr(cb, 'keywords', {}))
         if f in _stepper_rules: return partial(kw.pop('rule', _stepper_rules[f]), **kw)
 
 def _decay_of(opt, lr, wd=0., do_wd=True, decoupled_weight_decay=None, **kwargs):
-    "What a step takes off the weights by decoupled decay, and what it adds to the gradient by L2, per unit of weight; NaN if not known"
+    "What a step takes off a weight of 1 by decoupled decay, and adds to its gradient by L2; NaN if not known"
     if not (wd and do_wd): return 0., 0.
     if isinstance(opt, OptimWrapper):
         if decoupled_weight_decay is None: decoupled_weight_decay = _torch_opts.get(type(opt.opt), (None, None))[1]
@@ -79,194 +104,199 @@ def _decay_of(opt, lr, wd=0., do_wd=True, decoupled_weight_decay=None, **kwargs)
     cbs = [getattr(cb, 'func', cb) for cb in opt.cbs]
     return lr*wd if weight_decay in cbs else 0., wd if l2_reg in cbs else 0.
 
-def _float(t):
-    "`t` detached, dense, and in at least float32"
-    t = t.detach()
-    return (t if t.layout == torch.strided else t.to_dense()).to(torch.promote_types(t.dtype, torch.float32))
-
 def _check_count(**kwargs):
     for k,v in kwargs.items():
         if not isinstance(v, int) or v < 1: raise ValueError(f"{k} must be a whole number ≥ 1, got {v!r}")
-
-def _norm(t): return torch.linalg.vector_norm(_float(t)).item()
-
-# %% ../nbs/05_insight.ipynb #12ec
-def opt_table(
-    learn_or_opt # A `Learner`, or a fastai `Optimizer`, `Lookahead` or `OptimWrapper`
-) -> pd.DataFrame: # One row per parameter, by name (by position if only an optimizer is given); `grad_avg` and `sqr_avg` are norms
-    "What the optimizer knows about each parameter: hypers, flags, and the size of its state. Raises a `TypeError` on anything else"
-    if isinstance(learn_or_opt, Learner) and learn_or_opt.opt is None:
-        learn_or_opt.create_opt() # as the next `fit` will; not kept, since until then the user may choose another `opt_func`
-        try: return opt_table(learn_or_opt)
-        finally: learn_or_opt.opt = None
-    opt,names = _find_opt(learn_or_opt)
-    hypers = [k for k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd') if k in opt.hypers[0]]
-    rows = [dict(param=names.get(p, i), group=g, shape=tuple(p.shape), numel=p.numel(), **{k: h[k] for k in hypers},
-        do_wd=s.get('do_wd', True), force_train=s.get('force_train', False), trainable=p.requires_grad, step=s.get('step'),
-        **{k: _norm(s[k]) if k in s else math.nan for k in ('grad_avg', 'sqr_avg')}) for i,(g,p,h,s) in enumerate(_each_param(opt))]
-    return pd.DataFrame(rows).set_index('param').astype({'step': 'Int64'})
-
-Learner.opt_table = opt_table
 
 # %% ../nbs/05_insight.ipynb #25ec
 class StepTrace:
     "Context manager that records what every `opt.step()` inside it computes; the optimizer is left as it was"
     cols = 'step param lr mom sqr_mom mom_prod debias1 debias2 a b grad grad_avg sqr_avg num p_before p_wd p'.split()
-
     def __init__(self,
-        opt, # A fastai `Optimizer`, `Lookahead` or `OptimWrapper`, or a `Learner`, whose parameters go by name
+        opt, # A `Learner`, whose parameters go by name, or a fastai `Optimizer`, `Lookahead` or `OptimWrapper`
         max_numel:int=100, # Tensors of up to this many elements are copied whole; of larger ones only the norm is kept
         max_steps:int=1000 # Keep the last so many steps
     ):
         _check_count(max_numel=max_numel, max_steps=max_steps)
         if isinstance(opt, Learner) and opt.opt is None: opt.create_opt()
-        self.opt,self.names = _find_opt(opt)
-        self.max_numel,self.steps,self.n_steps,self.undo = max_numel,deque(maxlen=max_steps),0,None
-
+        _find_opt(opt)
+        self.of, self.max_numel, self.steps, self.undo = opt, max_numel, deque(maxlen=max_steps), None
     def __enter__(self):
         if self.undo: raise RuntimeError("this StepTrace is recording already; make another one")
-        # In an OptimWrapper the torch optimizer is traced, whose copies and pickles leave such an attribute out
-        opt = self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
-        outer,inner = vars(opt).get('step'),opt.step
-        def step(o, *args, **kwargs):
-            if o is not opt: return type(o).step(o, *args, **kwargs) # a copy of the optimizer, made inside the context
-            before = self._before()
-            res = inner(*args, **kwargs)
-            self._after(before)
-            return res
-        def undo():
-            if outer: opt.step = outer
-            else: del opt.step
-        opt.step,self.undo = MethodType(step, opt),undo
+        self.seen, self.follow = False, _Follow(self)
+        self._attach()
+        if isinstance(self.of, Learner): self.of.add_cb(self.follow)
         return self
-
-    def __exit__(self, *exc):
+    def __exit__(self, exc_type, *exc):
         self.undo()
         self.undo = None
-
+        if isinstance(self.of, Learner): self.of.remove_cb(self.follow)
+        if not (self.seen or exc_type): warnings.warn("StepTrace recorded nothing, since its optimizer took no step; "
+            "if a fit made a new optimizer, pass the Learner instead", stacklevel=2)
     def _keep(self, t): return t.detach().to('cpu', copy=True) if t.numel() <= self.max_numel else _norm(t)
-
-    def _before(self):
-        "For each parameter with a gradient: its number, hypers, state, gradient with L2 decay, value, and decoupled decay"
-        res = []
-        for i,(_,p,h,s) in enumerate(_each_param(self.opt)):
-            if p.grad is None: continue
-            decay,l2 = _decay_of(self.opt, **{**s, **h})
-            res.append((i, h, s, p.grad.add(p.detach(), alpha=l2) if l2 else p.grad, self._keep(p), decay))
-        return res
-
-    def _after(self, before):
-        self.n_steps += 1
-        now,rule = [*_each_param(self.opt)],_rule_of(self.opt)
-        # A rule counts the steps of each parameter, so where the count stands still, the parameter was passed over
-        self.steps.append([self._row(i, now[i][1], now[i][3], rule, h, s, *rest) for i,h,s,*rest in before
-            if rule is None or now[i][3].get('step') != s.get('step')])
-
-    def _row(self, i, p, state, rule, h, s, g, p_before, decay):
-        step = int(state.get('step', self.n_steps))
-        r = dict(step=step, param=self.names.get(p, i), **{k: h[k] for k in ('lr', 'mom', 'sqr_mom') if k in h},
-            **{k: self._keep(state[k]) for k in ('grad_avg', 'sqr_avg') if k in state},
-            grad=self._keep(g), p_before=p_before, p=self._keep(p), p_wd=p_before * (1-decay if isinstance(p_before, Tensor) else abs(1-decay)))
-        if rule:
-            a,b,prod = rule(**{**s, **h, 'step': step})
-            mom_prod, = prod.values()
-            r.update(a=a, b=b, mom_prod=mom_prod, debias1=1-mom_prod, debias2=1-running_prod(h['sqr_mom'], step, s.get('sqr_mom_prod')))
-        if 'grad_avg' in state: r['num'] = self._keep(h['mom']*_float(state['grad_avg']) + (1-h['mom'])*_float(g))
-        return tuple(r.get(k, math.nan) for k in self.cols)
-
     def table(self) -> pd.DataFrame: # One row per step and parameter, in order
         "What was recorded"
         return pd.DataFrame([row for rows in self.steps for row in rows], columns=self.cols)
 
-# %% ../nbs/05_insight.ipynb #38ec
-def _update_stats(p, before, decay):
-    "Update ratio, gradient norm, cosine and decay share of a step of `p`, given a copy of it `before`, which is overwritten"
-    norm,x,g,before = torch.linalg.vector_norm,_float(p).flatten(),_float(p.grad).flatten(),before.flatten()
-    p_norm,g_norm = norm(before),norm(g)
-    d = torch.sub(x, before, out=before)
-    d_norm = norm(d)
-    cos,ratio = torch.dot(d, g)/(d_norm*g_norm),torch.where(p_norm > 0, d_norm/p_norm, math.inf)
-    if not decay: return torch.stack([ratio, g_norm, cos, torch.zeros_like(cos)])
-    wd_norm,rest = decay*p_norm,norm(d.lerp_(x, decay)) # Δp + decay·p, with the p before the step
-    return torch.stack([ratio, g_norm, cos, wd_norm/(wd_norm + rest)])
+class _Follow(Callback):
+    "Has a `StepTrace` record the optimizer that a `fit` uses, which may be a new one"
+    run_valid, trace, _stateattrs = False, None, ('trace',) # a pickled `Learner` is not traced
+    def __init__(self, trace): self.trace = trace
+    def before_fit(self):
+        if self.trace and _find_opt(self.learn)[0] is not self.trace.opt: self.trace.undo(); self.trace._attach()
 
+# %% ../nbs/05_insight.ipynb #25ge
+@patch
+def _attach(self:StepTrace):
+    "Record the steps of the optimizer until `self.undo()`"
+    (self.opt, self.names), self.n_steps = _find_opt(self.of), 0
+    # In an OptimWrapper the torch optimizer is traced, whose copies and pickles leave such an attribute out
+    opt = self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
+    outer, inner = vars(opt).get('step'), opt.step
+    owner, traces, step, below = getattr(outer, 'tracing', [None]*4)
+    if owner is not opt:
+        traces, below = [], outer
+        def step(o, *args, **kwargs):
+            if o is not opt: return type(o).step(o, *args, **kwargs) # a copy of the optimizer, made while it was traced
+            before = [(t, t._before()) for t in traces]
+            res = inner(*args, **kwargs)
+            for t,b in before: t._after(b)
+            return res
+        step.tracing = opt, traces, step, below
+        opt.step = MethodType(step, opt)
+    traces.append(self)
+    def undo():
+        traces.remove(self)
+        # Where another trace is recording, or a step was put around ours since, ours stays
+        if traces or getattr(vars(opt).get('step'), '__func__', None) is not step: return
+        del opt.step
+        if below: opt.step = below
+    self.undo = undo
+
+# %% ../nbs/05_insight.ipynb #25he
+@patch
+def _before(self:StepTrace):
+    "For each parameter with a gradient: its number, hypers, state, gradient with L2 decay, value, and decoupled decay"
+    res = []
+    for i,(_,p,h,s) in enumerate(_each_param(self.opt)):
+        if p.grad is None: continue
+        decay, l2 = _decay_of(self.opt, **{**s, **h})
+        res.append((i, h, s, p.grad.add(p.detach(), alpha=l2) if l2 else p.grad, self._keep(p), decay))
+    return res
+
+@patch
+def _after(self:StepTrace, before):
+    "Record a step, given what `_before` returned"
+    self.n_steps, self.seen = self.n_steps+1, True
+    now, rule = [*_each_param(self.opt)], _rule_of(self.opt)
+    # A rule counts the steps of each parameter, so where the count stands still, the parameter was passed over
+    self.steps.append([self._row(i, now[i][1], now[i][3], rule, h, s, *rest) for i,h,s,*rest in before
+        if rule is None or now[i][3].get('step') != s.get('step')])
+
+@patch
+def _row(self:StepTrace, i, p, state, rule, h, s, g, p_before, decay):
+    "What happened to `p`: `h`, `s`, `g` and `p_before` are from before the step, `state` is from after it"
+    step = int(state.get('step', self.n_steps))
+    r = dict(step=step, param=self.names.get(p, i), **{k: h[k] for k in ('lr', 'mom', 'sqr_mom') if k in h},
+        **{k: self._keep(state[k]) for k in ('grad_avg', 'sqr_avg') if k in state},
+        grad=self._keep(g), p_before=p_before, p=self._keep(p),
+        p_wd=p_before * (1-decay if isinstance(p_before, Tensor) else abs(1-decay)))
+    if rule:
+        a, b, prod = rule(**{**s, **h, 'step': step})
+        (mom_prod,), debias2 = prod.values(), 1 - running_prod(h['sqr_mom'], step, s.get('sqr_mom_prod'))
+        r.update(a=a, b=b, mom_prod=mom_prod, debias1=1-mom_prod, debias2=debias2)
+    if 'grad_avg' in state: r['num'] = self._keep(h['mom']*_float(state['grad_avg']) + (1-h['mom'])*_float(g))
+    return tuple(r.get(k, math.nan) for k in self.cols)
+
+# %% ../nbs/05_insight.ipynb #38ec
 class UpdateStats(Callback):
     "Record how far the steps of a `fit` move each parameter, and in which direction"
-    order,run_valid = 100,False # after all that changes a gradient or skips a step
+    order, run_valid = 100, False # after all that changes a gradient or skips a step
     cols = 'step param update_ratio grad_norm cosine wd_share'.split()
-
     def __init__(self,
         every:int=10, # Record a step every so many batches, beginning with the first
-        max_records:int=500 # Above this many recorded steps, drop every second one and record half as often from then on
+        max_records:int=500 # Above this many recorded steps, drop every second one and then record half as often
     ):
         _check_count(every=every, max_records=max_records)
-        self.every,self.max_records,self.records,self.names,self.copies = every,max_records,[],[],None
-
+        self.every, self.max_records, self.records, self.names, self.copies = every, max_records, [], [], None
     def before_fit(self):
-        "Start anew, except for the trial run of `lr_find`"
+        "Start again, except for the trial run of `lr_find`"
         self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run: return
-        opt,names = _find_opt(self.learn)
+        opt, names = _find_opt(self.learn)
         ps = [p for _,p,*_ in _each_param(opt)]
-        self.names,self.is_weight = [names.get(p, i) for i,p in enumerate(ps)],[p.ndim > 1 for p in ps]
-        self.records,self.copies,self.n_steps,self.next_iter,self.gap = [],None,0,0,self.every
-
+        self.names, self.is_weight = [names.get(p, i) for i,p in enumerate(ps)], [p.ndim > 1 for p in ps]
+        self.records, self.copies, self.n_steps, self.next_iter, self.gap = [], None, 0, 0, self.every
     def before_step(self):
         "Copy the parameters if this step is to be recorded"
         self.copies = []
         if self.train_iter < self.next_iter: return
-        opt,_ = _find_opt(self.learn)
+        opt, _ = _find_opt(self.learn)
         for i,(_,p,h,s) in enumerate(_each_param(opt)):
             if p.grad is None: continue
-            decay,l2 = _decay_of(opt, **{**s, **h})
-            self.copies.append((i, p, _float(p).clone(), math.nan if l2 else decay)) # L2 decay is no separate part of the step
-
+            decay, l2 = _decay_of(opt, **{**s, **h})
+            # L2 decay is no separate part of the step
+            self.copies.append((i, p, _float(p).clone(), math.nan if l2 else decay))
     def after_cancel_step(self): self.copies = None
-
     def after_step(self):
         "Record the step, unless it was skipped"
-        copies,self.copies = self.copies,None
+        copies, self.copies = self.copies, None
         if copies is None: return
         self.n_steps += 1
         if not copies: return
-        stats = [_update_stats(p, before, decay) for _,p,before,decay in copies]
-        self.records.append((self.n_steps, self.train_iter, [i for i,*_ in copies], np.array([o.tolist() for o in stats])))
-        if len(self.records) > self.max_records: self.records,self.gap = self.records[::2],2*self.gap
+        stats = np.array([_update_stats(p, before, decay).tolist() for _,p,before,decay in copies])
+        self.records.append((self.n_steps, self.train_iter, [i for i,*_ in copies], stats))
+        if len(self.records) > self.max_records: self.records, self.gap = self.records[::2], 2*self.gap
         self.next_iter = self.records[-1][1] + self.gap
-
-    def table(self) -> pd.DataFrame: # One row per recorded step and parameter; `step` counts the optimizer's steps in this `fit`, from 1
+    def table(self) -> pd.DataFrame: # A row per recorded step and parameter; `step` counts the steps of this `fit`
         "What was recorded"
-        return pd.DataFrame([(step, self.names[i], *row) for step,_,idxs,rows in self.records for i,row in zip(idxs, rows)], columns=self.cols)
+        rows = [(step, self.names[i], *row) for step,_,idxs,rows in self.records for i,row in zip(idxs, rows)]
+        return pd.DataFrame(rows, columns=self.cols)
 
-    def plot(self,
-        all_params:bool=False, # Biases and normalization layers as well, or only the weights of the layers?
-        title:str=None, # Title of the whole figure
-        lims:tuple=(1e-5, 1e-1), # Update ratios at the two ends of the colors
-        figsize:tuple=(13,4)
-    ):
-        "Update ratio of each layer over time, as a heat map and as lines. Raises a `ValueError` if nothing was recorded"
-        t = self.table()
-        if not len(t): raise ValueError("there is nothing to plot: run a fit with this callback first")
-        rows = [n for n,w in zip(self.names, self.is_weight) if w or all_params] or self.names
-        r = t.pivot(index='param', columns='step', values='update_ratio').reindex(rows).dropna(how='all')
-        fig,(ax0,ax1) = subplots(1, 2, figsize=figsize, suptitle=title)
-        steps,n = r.columns.to_numpy(),len(r)
-        pad = (steps[-1]-steps[0]) / max(len(steps)-1, 1) / 2 or 0.5
-        im = ax0.imshow(r.clip(*lims), origin='lower', aspect='auto', norm=LogNorm(*lims), extent=(steps[0]-pad, steps[-1]+pad, -0.5, n-0.5))
-        ticks = np.unique(np.linspace(0, n-1, min(n, 12)).round().astype(int))
-        ax0.set(title='update ratio ‖Δp‖/‖p‖', xlabel='step', yticks=ticks, yticklabels=r.index[ticks])
-        fig.colorbar(im, ax=ax0, extend='both').ax.axhline(1e-3, color='w', ls='--')
-        for i,row in enumerate(r.to_numpy()):
-            ax1.plot(steps, row, color=plt.cm.viridis(i/max(n-1, 1)), lw=0.8, label={0: 'first layer', n-1: 'last layer'}.get(i))
-        ax1.plot(steps, r.median(), 'k', lw=2, label='median')
-        ax1.axhline(1e-3, color='k', ls='--', lw=1, label='rule of thumb: 1e-3')
-        ax1.set(yscale='log', title='each layer', xlabel='step', ylabel='update ratio ‖Δp‖/‖p‖')
-        ax1.legend()
-        for ax in (ax0, ax1): ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        fig.tight_layout()
+# %% ../nbs/05_insight.ipynb #38fc
+def _update_stats(p, before, decay):
+    "Update ratio, gradient norm, cosine and decay share of a step of `p`; overwrites `before`, its copy"
+    norm, x, g, before = torch.linalg.vector_norm, _float(p).flatten(), _float(p.grad).flatten(), before.flatten()
+    p_norm, g_norm = norm(before), norm(g)
+    d = torch.sub(x, before, out=before)
+    d_norm = norm(d)
+    cos, ratio = torch.dot(d, g)/(d_norm*g_norm), torch.where(p_norm > 0, d_norm/p_norm, math.inf)
+    if not decay: return torch.stack([ratio, g_norm, cos, torch.zeros_like(cos)])
+    wd_norm, rest = decay*p_norm, norm(d.lerp_(x, decay)) # Δp + decay·p, with the p before the step
+    return torch.stack([ratio, g_norm, cos, wd_norm/(wd_norm + rest)])
+
+# %% ../nbs/05_insight.ipynb #38gc
+@patch
+def plot(self:UpdateStats,
+    all_params:bool=False, # Biases and normalization layers as well, or only the weights of the layers?
+    title:str=None, # Title of the heat map
+    lims:tuple=(1e-5, 1e-1), # Update ratios at the two ends of the colors
+    axs=None # Two axes to draw on, so that several runs can share theirs; None: a new figure
+):
+    "Update ratio of each layer over time, as a heat map and as lines. Raises a `ValueError` if nothing was recorded"
+    if not self.records: raise ValueError("there is nothing to plot: run a fit with this callback first")
+    rows = [n for n,w in zip(self.names, self.is_weight) if w or all_params] or self.names
+    r = self.table().pivot(index='param', columns='step', values='update_ratio').reindex(rows).dropna(how='all')
+    ax0, ax1 = plt.subplots(1, 2, figsize=(13, 4), layout='constrained')[1] if axs is None else axs
+    steps, n = r.columns.to_numpy(), len(r)
+    pad = (steps[-1]-steps[0]) / max(len(steps)-1, 1) / 2 or 0.5
+    im = ax0.imshow(r.clip(*lims), origin='lower', aspect='auto', norm='log', vmin=lims[0], vmax=lims[1],
+        extent=(steps[0]-pad, steps[-1]+pad, -0.5, n-0.5))
+    ticks = np.unique(np.linspace(0, n-1, min(n, 12)).round().astype(int))
+    ax0.set(title=title, xlabel='step', yticks=ticks, yticklabels=r.index[ticks])
+    ax0.figure.colorbar(im, ax=ax0, extend='both', label='update ratio ‖Δp‖/‖p‖').ax.axhline(1e-3, color='w', ls='--')
+    for i,row in enumerate(r.to_numpy()):
+        label = {0: 'first layer', n-1: 'last layer'}.get(i)
+        ax1.plot(steps, row, color=plt.cm.viridis(i/max(n-1, 1)), lw=0.8, label=label)
+    ax1.plot(steps, r.median(), 'k', lw=2, label='median')
+    ax1.axhline(1e-3, color='k', ls='--', lw=1, label='rule of thumb: 1e-3')
+    ax1.set(yscale='log', title='the same, a line for each layer', xlabel='step', ylabel='update ratio ‖Δp‖/‖p‖')
+    ax1.legend(fontsize='small', loc='lower right')
+    for ax in (ax0, ax1): ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
 
 # %% ../nbs/05_insight.ipynb #52ec
-_family = {'Ruder (NAdam)': ruder_rule, 'Dozat, ψ = 0.004 (PyTorch)': dozat_rule, 'Dozat, ψ = 1 (Keras)': partial(dozat_rule, mom_decay=1.),
+_family = {'Ruder (NAdam)': ruder_rule, 'Dozat, ψ = 0.004 (PyTorch)': dozat_rule,
+    'Dozat, ψ = 1 (Keras)': partial(dozat_rule, mom_decay=1.),
     'Dozat, no warm-up (optax)': partial(dozat_rule, mom_decay=math.inf), 'no Nesterov (Adam)': adam_rule}
 
 def plot_rule(
@@ -280,7 +310,8 @@ def plot_rule(
     rules = rules or _family
     moms = [mom(t/n) for t in range(n)] if callable(mom) else [mom]*n if np.ndim(mom) == 0 else mom
     moms = [check_hyper('mom', m) for m in moms]
-    fig,axs = plt.subplots(2, len(rules), figsize=figsize or (2.6*len(rules), 5), sharex=True, sharey='row', squeeze=False)
+    figsize = figsize or (2.6*len(rules), 5)
+    fig,axs = plt.subplots(2, len(rules), figsize=figsize, sharex=True, sharey='row', squeeze=False)
     steps = range(1, len(moms)+1)
     for axs_,(name,rule) in zip(axs.T, rules.items()):
         kept,state = [],{}

@@ -7,7 +7,6 @@ __all__ = ['to_torch', 'from_torch', 'from_adam']
 
 # %% ../nbs/04_interop.ipynb #03ec
 from collections import defaultdict
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,56 +14,72 @@ from .optimizer import NAdamOptimizer, check_hyper
 from .rules import adam_rule, dozat_rule, ruder_rule
 
 # %% ../nbs/04_interop.ipynb #07ec
-_hypers = dict(lr='lr', eps='eps', wd='weight_decay', mom_decay='momentum_decay')
-_state = dict(grad_avg='exp_avg', sqr_avg='exp_avg_sq', step='step', mu_prod='mu_product')
+fastai_names = dict(exp_avg='grad_avg', momentum_buffer='grad_avg', exp_avg_sq='sqr_avg', square_avg='sqr_avg',
+    mu_product='mu_prod', weight_decay='wd', momentum_decay='mom_decay')
+
+def fastai_name(k): return fastai_names.get(k, k)
+
+# What torch.optim.NAdam and Adam have of it, by their own names
+_hypers = 'lr', 'eps', 'weight_decay', 'momentum_decay'
+_state = 'exp_avg', 'exp_avg_sq', 'step', 'mu_product'
 
 def _check_type(name, opt, *types):
-    if not isinstance(opt, types): raise TypeError(f"{name} must be a {' or '.join(f'{t.__module__}.{t.__name__}' for t in types)}, got {type(opt).__name__}"
-        + ("; pass the optimizer that it wraps, its .opt" if hasattr(opt, 'opt') else ""))
+    if isinstance(opt, types): return
+    hint = "; pass the optimizer that it wraps, its .opt" if hasattr(opt, 'opt') else ""
+    want = ' or '.join(f'{t.__module__}.{t.__name__}' for t in types)
+    raise TypeError(f"{name} must be a {want}, got {type(opt).__name__}{hint}")
 
 def _check_frozen(ps):
     for p in ps:
         if isinstance(p, nn.Parameter) and not p.requires_grad and p.grad is not None: raise ValueError(
-            f"parameter of shape {tuple(p.shape)} is frozen and has a gradient: PyTorch would step it, NAdamOptimizer would not; "
-            "remove the gradient first, as model.zero_grad() does")
+            f"parameter of shape {tuple(p.shape)} is frozen and has a gradient: PyTorch would step it, "
+            "NAdamOptimizer would not; remove the gradient first, as model.zero_grad() does")
 
 # %% ../nbs/04_interop.ipynb #10ec
 def _torch_state(p, state, sqr_mom):
     "State of `p` in PyTorch's terms; the scalars in float64, so that the way back gives exactly the same numbers"
     have, want = 1 - state['sqr_mom_prod'], 1 - sqr_mom**state['step']
     if abs(have - want) > 1e-6*want: raise ValueError(
-        f"sqr_mom has changed during training: torch.optim.NAdam would divide sqr_avg of the parameter of shape {tuple(p.shape)} by "
-        f"1 - sqr_mom**step = {want!r}, where {have!r} is right; keep sqr_mom constant, or move later, when both are 1")
-    return {v: state[k].clone() if isinstance(state[k], Tensor) else torch.tensor(state[k], dtype=torch.float64) for k,v in _state.items()}
+        f"sqr_mom has changed during training: torch.optim.NAdam would divide sqr_avg of the parameter of shape "
+        f"{tuple(p.shape)} by 1 - sqr_mom**step = {want!r}, where {have!r} is right; "
+        "keep sqr_mom constant, or move later, when both are 1")
+    def copied(v): return v.clone() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
+    return {k: copied(state[fastai_name(k)]) for k in _state}
+
+def _kept_flags(opt, d): return {k: d[k] for k in opt._keep_on_clear if k in d}  # do_wd and force_train
+
+def _torch_groups(opt):
+    "The parameter groups of `opt` in PyTorch's terms, with what is exempt from weight decay in groups of their own"
+    index = {p: i for i,p in enumerate(p for pg in opt.param_lists for p in pg)}
+    for i,(pg,hyper) in enumerate(zip(opt.param_lists, opt.hypers)):
+        h = {k: check_hyper(k, v) for k,v in hyper.items()}
+        hypers = {'betas': (h['mom'], h['sqr_mom']), **{k: h[fastai_name(k)] for k in _hypers if fastai_name(k) in h}}
+        for do_wd in (True, False):
+            ps = [p for p in pg if bool(opt.state[p].get('do_wd', True)) == do_wd]
+            if pg and not ps or not (pg or do_wd): continue
+            flags = [{'index': index[p], **_kept_flags(opt, opt.state[p])} for p in ps]
+            yield {'params': ps, **hypers, 'weight_decay': h['wd'] if do_wd else 0.,
+                'fastai': dict(group=i, wd=h['wd'], params=flags)}
 
 def to_torch(
     opt:NAdamOptimizer # With Dozat's rule, as `DozatNAdam` makes it
 ) -> torch.optim.NAdam: # Over the same parameters, with a copy of the state
-    "The `torch.optim.NAdam` whose next step is the one that `opt` would take. Raises a `ValueError` if PyTorch has no such optimizer"
+    "The `torch.optim.NAdam` whose next step is that of `opt`. Raises a `ValueError` if PyTorch has no such optimizer"
     _check_type('opt', opt, NAdamOptimizer)
     if opt.rule is not dozat_rule: raise ValueError(
         f"opt has the rule {getattr(opt.rule, '__name__', opt.rule)}, torch.optim.NAdam has dozat_rule only; "
         "load opt.state_dict() into a DozatNAdam over the same parameters and move that one")
-    ps = [p for pg in opt.param_lists for p in pg]
-    _check_frozen(ps)
-    index, groups, state = {p: i for i,p in enumerate(ps)}, [], {}
-    for i,(pg,hyper) in enumerate(zip(opt.param_lists, opt.hypers)):
-        h = {k: check_hyper(k, v) for k,v in hyper.items()}
-        for do_wd in (True, False):
-            some = [p for p in pg if bool(opt.state[p].get('do_wd', True)) == do_wd]
-            if pg and not some or not (pg or do_wd): continue
-            flags = [{'index': index[p], **{k: opt.state[p][k] for k in opt._keep_on_clear if k in opt.state[p]}} for p in some]
-            groups.append({'params': some, 'betas': (h['mom'], h['sqr_mom']), **{v: h[k] for k,v in _hypers.items() if k in h},
-                'weight_decay': h['wd'] if do_wd else 0., 'fastai': dict(group=i, wd=h['wd'], params=flags)})
-        state.update({p: _torch_state(p, opt.state[p], h['sqr_mom']) for p in pg if 'step' in opt.state[p]})
-    torch_opt = torch.optim.NAdam(groups, decoupled_weight_decay=opt.decouple_wd)
+    _check_frozen(p for pg in opt.param_lists for p in pg)
+    state = {p: _torch_state(p, opt.state[p], check_hyper('sqr_mom', h['sqr_mom']))
+        for pg,h in zip(opt.param_lists, opt.hypers) for p in pg if 'step' in opt.state[p]}
+    torch_opt = torch.optim.NAdam([*_torch_groups(opt)], decoupled_weight_decay=opt.decouple_wd)
     torch_opt.state.update(state)
     return torch_opt
 
 # %% ../nbs/04_interop.ipynb #18ec
 _only_torch = dict(
     maximize='set it to False and negate the loss',
-    amsgrad='set it to False, and it goes on with exp_avg_sq instead of its maximum',
+    amsgrad='set it to False, to continue with exp_avg_sq instead of its maximum',
     differentiable='set it to False',
     capturable='set it to False, and train without CUDA graphs')
 
@@ -73,11 +88,12 @@ def _flags(pg):
     if 'fastai' not in pg: return [{}] * len(pg['params'])
     flags = pg['fastai']['params']
     if len(flags) != len(pg['params']): raise ValueError(
-        f"a parameter group has {len(pg['params'])} parameters, but its entry 'fastai' is for {len(flags)}; delete the entry")
+        f"a parameter group has {len(pg['params'])} parameters, but its entry 'fastai' is for {len(flags)}; "
+        "delete the entry")
     return flags
 
 def _torch_hypers(pg):
-    hypers = {**{k: pg[v] for k,v in _hypers.items() if v in pg}, **dict(zip(('mom', 'sqr_mom'), pg['betas']))}
+    hypers = {**{fastai_name(k): pg[k] for k in _hypers if k in pg}, **dict(zip(('mom', 'sqr_mom'), pg['betas']))}
     return {k: check_hyper(k, v) for k,v in hypers.items()}
 
 def _join(pgs):
@@ -86,8 +102,8 @@ def _join(pgs):
     wds = [h['wd'] for h,d in zip(hypers, do_wd) if d]
     for pg,h,d in zip(pgs, hypers, do_wd):
         if d: continue
-        if h['wd'] != 0: raise ValueError(f"a parameter group with do_wd=False has weight_decay={h['wd']!r}; set it to 0, "
-            "or delete the group's entry 'fastai' to make it a group of its own")
+        if h['wd'] != 0: raise ValueError(f"a parameter group with do_wd=False has weight_decay={h['wd']!r}; "
+            "set it to 0, or delete the group's entry 'fastai' to make it a group of its own")
         h['wd'] = wds[0] if wds else pg['fastai']['wd']
     differ = [k for k,v in hypers[0].items() if any(h[k] != v for h in hypers)]
     if differ: raise ValueError(f"the parameter groups that to_torch made of one fastai group now differ in {differ}; "
@@ -95,22 +111,34 @@ def _join(pgs):
     ps = [o for pg in pgs for o in zip(pg['params'], _flags(pg))]
     return sorted(ps, key=lambda o: o[1].get('index', 0)), hypers[0]
 
-def _from_torch(torch_opt, rule, foreach, fused):
-    pgs, pieces = torch_opt.param_groups, defaultdict(list)
-    for i,pg in enumerate(pgs):
+# %% ../nbs/04_interop.ipynb #18fc
+def _pieces(torch_opt):
+    "The groups of `torch_opt`, those that `to_torch` made of one group together"
+    res = defaultdict(list)
+    for i,pg in enumerate(torch_opt.param_groups):
         for k,what in _only_torch.items():
-            if pg.get(k): raise ValueError(f"param_groups[{i}] has {k}={pg[k]!r}, which NAdamOptimizer does not have; {what}")
-        pieces[pg['fastai']['group'] if 'fastai' in pg else f'new {i}'].append(pg)
-    _check_frozen(p for pg in pgs for p in pg['params'])
+            if pg.get(k): raise ValueError(
+                f"param_groups[{i}] has {k}={pg[k]!r}, which NAdamOptimizer does not have; {what}")
+        res[pg['fastai']['group'] if 'fastai' in pg else f'new {i}'].append(pg)
+    return res.values()
+
+def _is_decoupled(torch_opt):
+    pgs = torch_opt.param_groups
     decoupled = lambda pg: bool(pg.get('decoupled_weight_decay', isinstance(torch_opt, torch.optim.AdamW)))
-    decouple_wd = {decoupled(pg) for pg in pgs if pg['weight_decay'] != 0} or {decoupled(pgs[0])}
-    if len(decouple_wd) > 1: raise ValueError("decoupled_weight_decay is True in some param_groups and False in others, "
+    res = {decoupled(pg) for pg in pgs if pg['weight_decay'] != 0} or {decoupled(pgs[0])}
+    if len(res) > 1: raise ValueError("decoupled_weight_decay is True in some param_groups and False in others, "
         "NAdamOptimizer has one for all; make them equal, or make two optimizers")
-    groups, hypers = zip(*map(_join, pieces.values()))
-    opt = NAdamOptimizer([[p for p,_ in g] for g in groups], rule, decouple_wd.pop(), foreach, fused, **hypers[0])
+    return res.pop()
+
+def _from_torch(torch_opt, rule, foreach, fused):
+    pieces = _pieces(torch_opt)
+    _check_frozen(p for pg in torch_opt.param_groups for p in pg['params'])
+    decouple_wd = _is_decoupled(torch_opt)
+    groups, hypers = zip(*map(_join, pieces))
+    opt = NAdamOptimizer([[p for p,_ in g] for g in groups], rule, decouple_wd, foreach, fused, **hypers[0])
     def state(p, flags):
         s = torch_opt.state.get(p, {})
-        return {**{k: s[v] for k,v in _state.items() if v in s}, **{k: flags[k] for k in opt._keep_on_clear if k in flags}}
+        return {**{fastai_name(k): s[k] for k in _state if k in s}, **_kept_flags(opt, flags)}
     opt.load_state_dict({'state': [state(*o) for g in groups for o in g], 'hypers': hypers})
     return opt
 
@@ -119,17 +147,17 @@ def from_torch(
     foreach:bool|None=None, # As in `DozatNAdam`
     fused:bool|None=None # As in `DozatNAdam`
 ) -> NAdamOptimizer: # Over the same parameters, with a copy of the state
-    "The fastai optimizer whose next step is the one that `torch_opt` would take. Raises a `ValueError` if there is no such one"
+    "The fastai optimizer whose next step is the one of `torch_opt`. Raises a `ValueError` if there is no such one"
     _check_type('torch_opt', torch_opt, torch.optim.NAdam)
     return _from_torch(torch_opt, dozat_rule, foreach, fused)
 
 # %% ../nbs/04_interop.ipynb #39ec
 def from_adam(
     torch_opt:torch.optim.Adam|torch.optim.AdamW, # The optimizer so far
-    nesterov:bool=True, # Go on with NAdam? False goes on with the same Adam
+    nesterov:bool=True, # Continue with NAdam? False continues with the same Adam
     foreach:bool|None=None, # As in `NAdam`
     fused:bool|None=None # As in `NAdam`
 ) -> NAdamOptimizer: # With Ruder's rule, over the same parameters, with a copy of the state
-    "A fastai optimizer that goes on where `torch_opt` is. Raises a `ValueError` if it has what NAdam has not"
+    "A fastai optimizer that continues where `torch_opt` is. Raises a `ValueError` if it has what NAdam has not"
     _check_type('torch_opt', torch_opt, torch.optim.Adam, torch.optim.AdamW)
     return _from_torch(torch_opt, ruder_rule if nesterov else adam_rule, foreach, fused)

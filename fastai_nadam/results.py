@@ -33,8 +33,8 @@ def find_direction(metric, lower_is_better=None):
 # %% ../nbs/15_results.ipynb #d9773c38
 point_cols = ['lr', 'mom', 'wd']
 run_cols = ['task', 'opt', *point_cols, 'seed']
-number_cols = ['epoch', 'train_loss', 'valid_loss', 'metric', 'test_loss', 'test_metric', 'seconds']
-result_cols = run_cols + number_cols + ['diverged']
+number_cols = ['train_loss', 'valid_loss', 'metric', 'test_loss', 'test_metric', 'seconds']
+result_cols = run_cols + ['epoch'] + number_cols + ['diverged']
 
 def typed(df):
     "Results with all columns, of their types"
@@ -53,10 +53,11 @@ def read_rows(file, opts, epochs):
         try:
             if None in row or None in row.values(): raise ValueError("more or fewer values than columns")
             row = {**{k: float(row.get(k) or 'nan') for k in point_cols + number_cols}, 'task': row['task'],
-                'opt': row['opt'], 'seed': int(row['seed']), 'diverged': bool(('False', 'True').index(row['diverged']))}
+                'opt': row['opt'], 'seed': int(row['seed']), 'epoch': int(row['epoch']),
+                'diverged': bool(('False', 'True').index(row['diverged']))}
             run, last = tuple(str(row[k]) for k in run_cols), run
             if row['opt'] not in opts or not row['lr'] > 0: raise ValueError(f"opt {row['opt']!r}, lr {row['lr']}")
-            if row['epoch'] != len(rows)%epochs + 1: raise ValueError(f"epoch {row['epoch']:g} after {len(rows)} rows")
+            if row['epoch'] != len(rows)%epochs + 1: raise ValueError(f"epoch {row['epoch']} after {len(rows)} rows")
             if run != last if row['epoch'] > 1 else run in runs: raise ValueError("another run, or the same again")
         except (ValueError, KeyError) as e: raise ValueError(f"{str(file)!r} is damaged in line {line}: {e}") from e
         rows.append(row)
@@ -156,7 +157,7 @@ def best(self:Comparison,
 ) -> tuple: # (lr, mom, wd); NaN where it was not set
     "The best point of an optimizer"
     found = self.runs.loc[self.runs.point == self.chosen[opt][0], point_cols].to_numpy()
-    return tuple(found[0]) if len(found) else (math.nan,)*3
+    return tuple(map(float, found[0])) if len(found) else (math.nan,)*3
 
 @patch
 def judged(self:Comparison,

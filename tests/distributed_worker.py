@@ -110,11 +110,11 @@ def resume(folder):
     args = dict(arch='squeezenet1_1', epochs=3, bs=128, lr=1e-3)
     def out(name): return f'{folder}/{name}' + ('' if dist.get_rank() == 0 else '-of-rank-1')  # where nothing should be
     room.train(**args, out=out('whole'))
-    run_learner = room.run_learner
-    room.run_learner = lambda *args: run_learner(*args).add_cb(Stop())
+    new_learner = room.new_learner
+    room.new_learner = lambda *args: new_learner(*args).add_cb(Stop())
     try: room.train(**args, out=out('part'))
     except KeyboardInterrupt: pass
-    room.run_learner = run_learner
+    room.new_learner = new_learner
     dist.barrier()
     learn = room.train(resume=f'{folder}/part')
     torch.save(learn.model.state_dict(), f'{folder}/{dist.get_rank()}.pth')

@@ -2,7 +2,7 @@
 import os, random, signal, subprocess, sys, time
 
 import matplotlib.pyplot as plt, pytest, torch
-from fastai.vision.all import Path
+from fastai.vision.all import Callback, Path
 
 from fastai_nadam import cli as room
 from fastai_nadam.cli import atomic_save, check_int, cli, lock_folder, save_fig, save_json, tell_versions, versions
@@ -37,6 +37,11 @@ def test_a_mistake_is_one_line(argv, message, capsys):
 
 def too_much(): torch.empty(2**55)
 
+def in_a_callback():
+    class Bad(Callback):
+        def before_fit(self): raise ValueError('no such\n thing')
+    Bad()('before_fit')
+
 def no_memory(): raise MemoryError
 
 def raises(error):
@@ -44,7 +49,7 @@ def raises(error):
     return f
 
 @pytest.mark.parametrize('func,rc,message', [(raises(ValueError('lr must\n  be  positive')), 2, 'x: lr must be positive\n'), (raises(OSError(28, 'No space left on device', 'a/b')), 2, "No space left on device: 'a/b'"),
-    (raises(KeyboardInterrupt()), 130, 'x: interrupted\n'), (no_memory, 2, 'x: MemoryError\n'), (too_much, 2, "x: can't allocate memory: you tried to allocate")])
+    (raises(KeyboardInterrupt()), 130, 'x: interrupted\n'), (no_memory, 2, 'x: MemoryError\n'), (in_a_callback, 2, 'x: no such thing\n'), (too_much, 2, "x: can't allocate memory: you tried to allocate")])
 def test_errors_of_the_function(func, rc, message, capsys, monkeypatch):
     assert cli(func, 'x', []) == rc
     err = capsys.readouterr().err

@@ -150,7 +150,7 @@ def test_a_run_that_was_cut_off_is_made_again(tmp_path):
         assert same(compare(out=tmp_path), whole)
 
 @pytest.mark.parametrize('line, change', [(5, lambda s: s.replace(',', ';')), (8, lambda s: s + ',1'), (7, lambda s: s.replace('False', 'no')),
-    (4, lambda s: s.replace('0.01', 'x', 1)), (6, lambda s: s.replace('Adam', 'adam')), (4, lambda s: s + '\n' + s), (9, lambda s: ''), (1, lambda s: 'opt,lr')])
+    (4, lambda s: s.replace('0.01', 'x', 1)), (6, lambda s: s.replace('Adam', 'adam')), (5, lambda s: s.replace(',2,', ',1,')), (9, lambda s: ''), (1, lambda s: 'opt,lr')])
 def test_a_damaged_line_is_named(line, change, tmp_path):
     compare(out=tmp_path)
     lines = (tmp_path/'results.csv').read_text().split('\n')

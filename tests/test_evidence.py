@@ -102,6 +102,7 @@ def test_effects_are_paired_on_new_seeds_and_diverged_runs_count_as_the_worst(st
     assert stats.winners(f).lr.tolist() == [.2, .2]
     assert stats.effects(f).loc['t'].tolist() == pytest.approx([100*np.log(.9), 0, 30])
     assert stats.trial_effects(f, 1, n_boot=3)['diff'].tolist() == pytest.approx([100*np.log(.9)])
+    assert stats.winners(stats.finals(df.assign(mom=np.nan))).lr.tolist() == [.2, .2] # a momentum that is not searched
     dead = df.assign(diverged=(df.opt == stats.nadam) & (df.seed == 107))
     d = stats.finals(dead)
     assert d.loc[d.diverged, 'test'].item() == f.test[~dead.diverged].max()

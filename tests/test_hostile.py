@@ -304,7 +304,7 @@ def test_command_line(tmp_path, monkeypatch, args):
     "Whatever is typed, it trains, or one line says what is wrong and nothing is written"
     monkeypatch.chdir(tmp_path)
     def trains(*args): raise Trains
-    for f in ('data_path', 'suggest_lr', 'run_learner'): monkeypatch.setattr(train, f, trains)
+    for f in ('data_path', 'suggest_lr', 'new_learner'): monkeypatch.setattr(train, f, trains)
     args, out, err = [o for pair in args for o in pair if o not in ('-h', '--help')], StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try: code = train.main(args)

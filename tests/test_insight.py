@@ -326,8 +326,69 @@ def test_the_optimizer_is_left_as_it_was(make):
             assert not torch.equal(q, was)
         assert torch.equal(p, before) and trace.table().empty
         c2 = copy.deepcopy(c)
-        c2.step()
+        set_grads(inner(c2).param_groups[0]['params'])
+        with StepTrace(c2) as of_copy: c2.step()
         assert torch.equal(p, before)
+        opt.step()
+    assert len(trace.table()) == len(of_copy.table()) == 1
+
+def test_traces_left_in_any_order_leave_nothing_behind():
+    p = nn.Parameter(torch.randn(3))
+    for opt in (NAdam([p], lr=0.1), Lookahead(NAdam([p], lr=0.1)), OptimWrapper([p], torch.optim.AdamW, lr=0.1)):
+        set_grads([p])
+        inner = opt.opt if 'opt' in vars(opt) else opt
+        traces = [StepTrace(opt) for _ in range(3)]
+        for t in traces:
+            t.__enter__()
+            opt.step()
+        for t in random.sample(traces, 3):
+            t.__exit__(None, None, None)
+            opt.step()
+        assert 'step' not in vars(inner)
+        counts = [t.table().step.to_list() for t in traces]
+        assert [c[0] for c in counts] == [1, 2, 3] and all(c == [*range(c[0], c[-1]+1)] for c in counts)
+        assert sorted(c[-1] for c in counts) == [3, 4, 5]
+
+def test_a_step_that_was_there_before_the_trace_stays():
+    "as `torch.optim.lr_scheduler` leaves one, before the trace or inside it"
+    p = nn.Parameter(torch.randn(3))
+    opt = OptimWrapper([p], torch.optim.AdamW, lr=0.1)
+    set_grads([p])
+    torch.optim.lr_scheduler.ConstantLR(opt.opt, factor=1.)
+    before = opt.opt.step
+    with StepTrace(opt) as a: opt.step()
+    assert opt.opt.step == before
+    with StepTrace(opt) as b:
+        opt.step()
+        torch.optim.lr_scheduler.ConstantLR(opt.opt, factor=1.)
+        opt.step()
+    opt.step()
+    with StepTrace(opt) as c: opt.step()
+    assert [t.table().step.to_list() for t in (a, b, c)] == [[1], [2, 3], [5]]
+
+@pytest.mark.parametrize('opt_func', [NAdam, SGD, ranger, wrapped(torch.optim.SGD)], ids=['NAdam', 'SGD', 'ranger', 'torch_SGD'])
+def test_a_new_optimizer_of_the_learner_is_traced_too(opt_func):
+    learn = learner(opt_func)
+    cbs = {*map(type, learn.cbs)}
+    with StepTrace(learn) as trace:
+        first = learn.opt
+        fit(learn)
+        fit(learn, reset_opt=True)
+        second = learn.opt
+        learn.opt = opt_func(learn.splitter(learn.model), lr=0.1)
+        fit(learn)
+    assert trace.table().step.to_list() == [s for s in range(1, 5) for _ in range(6)]*3
+    for o in (first, second, learn.opt):
+        while 'opt' in vars(o): assert 'step' not in vars(o); o = o.opt
+        assert 'step' not in vars(o)
+    assert {*map(type, learn.cbs)} == cbs
+    fit(learn)
+    assert len(trace.table()) == 3*4*6
+
+def test_a_trace_that_saw_no_step_says_so():
+    learn = learner()
+    learn.create_opt()
+    with pytest.warns(UserWarning, match=r'no step.*pass the Learner'), StepTrace(learn.opt): fit(learn, reset_opt=True)
 
 def test_a_refused_step_is_not_recorded():
     ps = [nn.Parameter(torch.randn(3)) for _ in range(2)]

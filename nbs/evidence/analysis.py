@@ -31,7 +31,7 @@ def winners(
     f:pd.DataFrame # From `finals`, of a search
 ) -> pd.DataFrame: # Index task and opt; lr, mom, wd and the mean losses of the trials
     "The point that the trials chose for each optimizer on each task: the best mean on the tuning data"
-    m = f[f.seed < 100].groupby(['task', 'opt', *point], sort=False)[['tune', 'test']].mean().reset_index()
+    m = f[f.seed < 100].groupby(['task', 'opt', *point], sort=False, dropna=False)[['tune', 'test']].mean().reset_index()
     return m.loc[m.groupby(['task', 'opt'], sort=False).tune.idxmin()].set_index(['task', 'opt'])
 
 def paired(
@@ -48,7 +48,7 @@ def effects(
     base:str=adam # Baseline
 ) -> pd.DataFrame: # Index task; `diff`, `se`, `n`
     "Difference of the winners on new seeds, on the test data"
-    new = f[f.seed >= 100].set_index(['task', 'opt', 'seed']).test
+    new = f[f.seed >= 100].set_index(['task', 'opt', 'seed']).test.sort_index()
     tasks = [o for o in dict.fromkeys(f.task) if {(o, opt), (o, base)} <= {k[:2] for k in new.index}]
     return pd.DataFrame({o: paired(new[o, opt], new[o, base]) for o in tasks}, index=['diff', 'se', 'n']).T
 
@@ -75,7 +75,7 @@ def trial_effects(
     n_boot:int=400 # Bootstrap samples of the points
 ) -> pd.DataFrame: # Index task; `diff` and `se` in per cent of the loss
     "Difference of the expected best of `n` trials; the standard error is the bootstrap's over the points, the same for both"
-    m = f[f.seed < 100].groupby(['task', 'opt', *point], sort=False)[['tune', 'test']].mean()
+    m = f[f.seed < 100].groupby(['task', 'opt', *point], dropna=False)[['tune', 'test']].mean()
     rng, res = np.random.default_rng(0), {}
     for task in dict.fromkeys(f.task):
         if not {(task, opt), (task, base)} <= {k[:2] for k in m.index}: continue
@@ -89,8 +89,9 @@ def trial_effects(
 def pool(
     effects:pd.DataFrame, # `diff` and `se` of each task
     level:float=0.95 # Of the interval
-) -> pd.Series: # `mean`, `low`, `high`, `tau` (deviation between tasks), `p`, `better` of `k` tasks, `sign_p`
-    "Across tasks: random effects (DerSimonian and Laird's variance), the interval of Hartung and Knapp; a sign test"
+) -> pd.Series: # `mean`, `low`, `high`, `tau` (deviation between tasks), `p`, `better` of `k` tasks, `sign_p`, `safe` (half an interval)
+    """Across tasks: random effects (DerSimonian and Laird's variance), the interval of Hartung and Knapp; a sign test.
+    `safe` is Knapp and Hartung's own precaution: never narrower than the errors of the tasks alone would have it"""
     y, v, k = effects['diff'].to_numpy(float), effects.se.to_numpy(float)**2, len(effects)
     w = 1/v
     q, c = (w*(y - (w@y)/w.sum())**2).sum(), w.sum() - (w**2).sum()/w.sum()
@@ -98,9 +99,10 @@ def pool(
     w = 1/(v + tau2)
     mean = (w@y)/w.sum()
     se = np.sqrt((w*(y-mean)**2).sum()/(k-1)/w.sum())
-    half, better = student_t.ppf((1+level)/2, k-1)*se, int((y < 0).sum())
+    t, better = student_t.ppf((1+level)/2, k-1), int((y < 0).sum())
+    half, safe = t*se, t*max(se, w.sum()**-0.5)
     return pd.Series(dict(mean=mean, low=mean-half, high=mean+half, tau=np.sqrt(tau2), p=2*student_t.sf(abs(mean/se), k-1),
-        better=better, k=k, sign_p=binomtest(better, k).pvalue))
+        better=better, k=k, sign_p=binomtest(better, k).pvalue, safe=safe))
 
 def holm(
     ps # p-values

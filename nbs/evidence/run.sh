@@ -18,6 +18,12 @@ for t in $tasks; do
 done
 for t in $tasks; do compare middle $t --opts "$pair" --epochs 8 $search; done
 for t in $tasks; do compare short $t --opts "$pair" --epochs 2 $search; done
+lr="--epochs 8 --search lr --trials 8 --trial_seeds 2 --seeds 15"
+for t in houses code_conv digits_vit; do
+    compare held_out $t --opts "$pair" --moms 0.95,0.85,0.95 $lr
+    compare held_out_nadam $t --opts NAdam --moms 0.9,0.7,0.9 $lr
+    compare held_out_adam $t --opts "NAdam(nesterov=False)" --moms 0.8,0.4,0.8 $lr
+done
 for t in $tasks; do compare long $t --opts "$pair" --epochs 32 --search lr,mom,wd --trials 16 --trial_seeds 1 --seeds 10; done
 for t in $tasks; do compare middle $t --opts "$dozat" --epochs 8 $search; done
 for t in $tasks; do compare middle $t --opts "$dozat,Adam(eps=1e-8)" --epochs 8 $search; done

@@ -1,0 +1,242 @@
+"nadam-train, stopped and killed: what is deleted, what is kept, and that a resumed run is the same run"
+import json, random, shutil, signal, time
+from functools import partial
+
+import pytest, torch
+from fastai.vision.all import Learner, Path
+
+from fastai_nadam import checkpoint as room, train as train_room
+from fastai_nadam.checkpoint import Checkpoint, run_folder
+from fastai_nadam.train import main, train
+from runs import argv, folder, here, names, refused, same_run, start, stop, tiny
+
+@pytest.fixture(scope='module')
+def whole(tiny, tmp_path_factory):
+    "The folder of a run that nobody stopped"
+    path = tmp_path_factory.mktemp('whole')/'out'
+    assert main(argv(**tiny, seed=7, out=path)) == 0
+    return path
+
+# What is stopped
+
+stops = pytest.mark.parametrize('error,code', [(KeyboardInterrupt(), 130), (OSError('no space left on device'), 2), (BrokenPipeError(32, 'Broken pipe'), 141)])
+
+@stops
+def test_stopped_before_the_first_checkpoint(error, code, tiny, tmp_path, capfd, stop):
+    (tmp_path/'empty').mkdir()
+    for out in ('a/b/new', 'empty'): assert stop(error, argv(**tiny, out=out), at=None) == code
+    assert names(tmp_path) == ['empty'] and not names(tmp_path/'empty')
+    assert capfd.readouterr().err.count('\n') == (0 if code == 141 else 2)
+
+@pytest.mark.parametrize('at', [0, 1])
+@stops
+def test_stopped_after_it(error, code, at, tiny, whole, tmp_path, capfd, stop):
+    assert stop(error, argv(**tiny, seed=7, out='my run'), at) == code
+    assert names(tmp_path/'my run') == ['args.json', 'checkpoint.pth', 'history.csv']
+    out, err = capfd.readouterr()
+    assert code == 141 or (out.endswith("nadam-train --resume 'my run'\n") and err.count('\n') == 1)
+    assert main(['--resume', 'my run']) == 0
+    same_run(tmp_path/'my run', whole)
+    out = capfd.readouterr().out
+    assert code == 141 or f'resumes after {at} of 2 epochs' in out and out.count('\n0  ') == out.count('\n1  ') == 1
+
+def test_stopped_in_the_only_epoch(tiny, tmp_path, stop):
+    args = argv(**{**tiny, 'epochs': 1})
+    assert stop(KeyboardInterrupt(), [*args, '--out=part'], at=0) == 130
+    assert main(['--resume', 'part']) == main([*args, '--out=whole']) == 0
+    same_run(tmp_path/'part', tmp_path/'whole')
+
+def test_stopped_again_and_again(tiny, whole, tmp_path, stop):
+    assert stop(KeyboardInterrupt(), argv(**tiny, seed=7, out='out'), at=0) == 130
+    for at in (None, 0, 1, 1): assert stop(KeyboardInterrupt(), ['--resume=out'], at) == 130
+    assert main(['--resume', 'out']) == 0
+    same_run(tmp_path/'out', whole)
+
+def test_bug_is_not_hidden(tiny, tmp_path, stop):
+    with pytest.raises(RuntimeError, match='bug'): stop(RuntimeError('bug'), argv(**tiny), at=None)
+    assert not names(tmp_path)
+
+def started(args, cwd, epoch=1):
+    "A run that has ended `epoch`"
+    p = start(args, cwd)
+    for line in p.stdout:
+        if line.startswith(f'{epoch} '): return p
+    pytest.fail(p.stderr.read())
+
+def test_ctrl_c(tiny, tmp_path):
+    p = started(argv(**{**tiny, 'epochs': 1000}, out='out'), tmp_path)
+    try:
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=60)
+    finally: p.kill()
+    assert p.returncode == 130 and err.splitlines()[-1] == 'nadam-train: interrupted' and 'Traceback' not in err
+    assert out.rstrip().endswith('nadam-train --resume out') and (tmp_path/'out'/'checkpoint.pth').exists()
+
+# What is deleted, and by whom
+
+def test_one_run_at_a_time_in_a_folder(tiny, tmp_path, capsys):
+    "Ctrl-Z after an epoch; another process wants the folder; fg and Ctrl-C"
+    p = started(argv(**{**tiny, 'epochs': 1000}, out='out'), tmp_path)
+    try:
+        p.send_signal(signal.SIGSTOP)
+        before = {f: f.read_bytes() for f in (tmp_path/'out').iterdir()}
+        for args in (['--resume=out'], argv(**tiny, out='out')):
+            assert "another run is at work in" in refused(capsys, args)
+            assert capsys.readouterr().out == ''  # no advice about the other's run
+        assert {f: f.read_bytes() for f in (tmp_path/'out').iterdir()} == before
+        p.send_signal(signal.SIGCONT)
+        p.send_signal(signal.SIGINT)
+        p.communicate(timeout=60)
+    finally: p.kill()
+    assert p.returncode == 130 and names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
+
+def resumed_elsewhere(path):
+    "As if the run had been resumed on a machine that sees no lock of ours, and had ended there"
+    (path/'checkpoint.pth').unlink(missing_ok=True)
+    for f in ('model.pth', 'history.png', 'history.csv'): (path/f).write_text('results')
+
+def wrote_notes(path): (path/'notes.txt').write_text('of the user')
+
+@pytest.mark.parametrize('event,left', [(resumed_elsewhere, ['args.json', 'history.csv', 'history.png', 'model.pth']), (wrote_notes, ['notes.txt'])])
+def test_a_run_deletes_only_what_it_wrote(event, left, tmp_path):
+    with pytest.raises(KeyboardInterrupt), run_folder('a/out') as path:
+        (path/'args.json').write_text('{}')
+        event(path)
+        raise KeyboardInterrupt
+    assert names(tmp_path/'a'/'out') == left
+
+@pytest.mark.parametrize('rc', [0, 130])
+def test_fg_after_the_run_has_ended_elsewhere(rc, tiny, tmp_path, monkeypatch, stop):
+    "With a lock that keeps nobody out: finished results stay, whatever the first process does next"
+    monkeypatch.setattr(room, 'lock_folder', lambda path: room.suppress())
+    after_epoch = Checkpoint.after_epoch
+    def elsewhere(self):
+        after_epoch(self)
+        if self.epoch == 0:
+            with monkeypatch.context() as m:
+                m.setattr(Checkpoint, 'after_epoch', after_epoch)
+                assert main(['--resume', 'out']) == 0
+            shutil.copytree('out', 'copy')
+            if rc: raise KeyboardInterrupt
+    monkeypatch.setattr(Checkpoint, 'after_epoch', elsewhere)
+    assert main(argv(**tiny, out='out')) == rc
+    if rc: assert {f.name: f.read_bytes() for f in Path('out').iterdir()} == {f.name: f.read_bytes() for f in Path('copy').iterdir()}
+    else: assert names(tmp_path/'out') == ['args.json', 'history.csv', 'history.png', 'model.pth']
+
+def test_a_full_disk(tiny, whole, tmp_path):
+    "The first checkpoint has no state of the optimizer and fits; the second does not"
+    resource = pytest.importorskip('resource')
+    size = (whole/'model.pth').stat().st_size
+    p = start(argv(**tiny, seed=7, out='out'), tmp_path, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size*2//3, size*2//3)))
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 2 and err.splitlines()[-1].startswith("nadam-train: cannot write '") and err.endswith("out/checkpoint.pth': File too large\n")
+    assert 'Traceback' not in err and out.endswith('nadam-train --resume out\n')
+    assert names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
+    assert main(['--resume', 'out']) == 0
+    same_run(tmp_path/'out', whole)
+
+def test_a_disk_that_is_full_at_the_end(tiny, whole, tmp_path, capfd, monkeypatch):
+    def full(fig, file): raise OSError(28, 'No space left on device', str(file))
+    with monkeypatch.context() as m:
+        m.setattr(train_room, 'save_fig', full)
+        assert main(argv(**tiny, seed=7, out='out')) == 2
+    assert capfd.readouterr().err.count('\n') == 1
+    assert main(['--resume', 'out']) == 0
+    same_run(tmp_path/'out', whole)
+
+# What resumes
+
+@pytest.mark.parametrize('opt', ['NAdam', 'ranger'])
+def test_killed_at_any_moment(opt, tiny, tmp_path):
+    "Killed for good in the first epoch, then anywhere"
+    args = argv(**{**tiny, 'arch': 'shufflenet_v2_x0_5', 'epochs': 16}, opt=opt)
+    file, last = tmp_path/'part'/'checkpoint.pth', None
+    for more,wait in ((['--out=part', *args], 0), (['--resume=part'], 1.5)):
+        p = start(more, tmp_path)
+        try:
+            end = time.time() + 120
+            while (not file.exists() or file.stat().st_mtime_ns == last) and p.poll() is None and time.time() < end: time.sleep(0.01)
+            time.sleep(random.uniform(0, wait))
+            assert p.poll() is None, p.communicate()
+        finally: p.kill()
+        p.communicate()
+        last = file.stat().st_mtime_ns
+    assert main(['--resume', 'part']) == main([*args, '--out=whole']) == 0
+    same_run(tmp_path/'part', tmp_path/'whole')
+
+def test_killed_before_the_first_checkpoint(whole, tmp_path, capsys):
+    for f in ('args.json', '.lock', '.checkpoint.pth.part'):
+        (tmp_path/'out').mkdir(exist_ok=True)
+        (tmp_path/'out'/f).write_text((whole/f).read_text() if (whole/f).exists() else '')
+    assert main(['--resume', 'out']) == 0
+    same_run(tmp_path/'out', whole)
+    assert 'resumes after 0 of 2 epochs' in capsys.readouterr().out
+
+@pytest.mark.parametrize('opt', ['NAdam', 'Adam'])
+def test_channels_last(opt, tiny, tmp_path, stop):
+    args = argv('--channels_last', **tiny, opt=opt)
+    assert main([*args, '--out=whole']) == 0 and stop(KeyboardInterrupt(), [*args, '--out=part']) == 130
+    learn = train(resume='part')
+    same_run(tmp_path/'part', tmp_path/'whole')  # strides too
+    w = learn.model.features[0].weight
+    assert w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous()
+
+def test_in_any_learner(tmp_path):
+    "Without classes, with a loss alone"
+    from fastai.vision.all import DataLoader, DataLoaders, MSELossFlat, nn, set_seed, tensor
+    def fit(cbs, stop=False):
+        set_seed(3)
+        dls = DataLoaders(*(DataLoader([(tensor([i/8]), tensor([i*.3])) for i in range(8)], bs=4, shuffle=True) for _ in range(2)))
+        learn = Learner(dls, nn.Linear(1, 1), loss_func=MSELossFlat(), lr=0.1)
+        with learn.no_bar(), learn.no_logging():
+            if stop: learn.add_cb(Stop(KeyboardInterrupt(), 2))
+            learn.fit_one_cycle(4, cbs=cbs)
+        return learn
+    from runs import Stop
+    whole = fit(None)
+    with pytest.raises(KeyboardInterrupt): fit(Checkpoint(tmp_path/'c.pth'), stop=True)
+    resumed = fit(Checkpoint(tmp_path/'c.pth', resume=True))
+    assert torch.equal(whole.model.weight, resumed.model.weight) and whole.recorder.values == resumed.recorder.values
+    assert whole.recorder.iters == resumed.recorder.iters and whole.recorder.lrs == resumed.recorder.lrs
+
+@pytest.fixture
+def stopped(tiny, tmp_path, stop):
+    "A folder with the checkpoint of a run that was stopped"
+    assert stop(KeyboardInterrupt(), argv(**tiny, out='stopped')) == 130
+    return tmp_path/'stopped'
+
+class Evil:
+    def __reduce__(self): return exec, ("open('evil', 'w')",)
+
+def rewrite(file, **changed): torch.save({**torch.load(file, weights_only=True), **changed}, file)
+
+def other_args(file, **changed):
+    file = file.with_name('args.json')
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps({**saved, 'args': {**saved['args'], **changed}}))
+
+@pytest.mark.parametrize('damage,message', [
+    (lambda f: f.write_bytes(f.read_bytes()[:random.randrange(f.stat().st_size)]), 'is damaged, or no checkpoint'),
+    (lambda f: f.write_bytes(b''), 'is damaged, or no checkpoint'), (lambda f: torch.save({'model': {}}, f), 'is damaged, or no checkpoint'),
+    (lambda f: torch.save([1], f), 'is damaged, or no checkpoint'), (lambda f: torch.save(Evil(), f), 'is damaged, or no checkpoint'),
+    (lambda f: rewrite(f, format=0), 'its format is 0'), (lambda f: rewrite(f, rng=[{}]), 'does not fit'), (lambda f: rewrite(f, model={}), 'does not fit'),
+    (lambda f: rewrite(f, rng=[{}]*3), 'trained by 3 processes, now 1: start torchrun --nproc_per_node 3 -m fastai_nadam.train'),
+    (lambda f: rewrite(f, opt={'hypers': [], 'state': []}), 'does not fit'), (lambda f: rewrite(f, losses=3), 'does not fit'),
+    (lambda f: rewrite(f, data=[9, 9, 'a', 'b']), 'the data has changed: 16 training and 8 validation items in 2 classes, it was 9 training'),
+    (partial(other_args, arch='squeezenet1_0'), 'does not fit'), (partial(other_args, depth=3), 'no such option: depth'),
+    (lambda f: f.with_name('args.json').write_text('{'), 'is no args.json of a run'), (lambda f: f.with_name('args.json').unlink(), 'args: no such file')])
+def test_resume_refused(damage, message, stopped, capsys, monkeypatch):
+    monkeypatch.setattr(Learner, '_do_fit', lambda *a, **k: pytest.fail('it trains'))
+    damage(stopped/'checkpoint.pth')
+    before = {f: f.read_bytes() for f in stopped.iterdir()}
+    capsys.readouterr()
+    assert message in refused(capsys, ['--resume', 'stopped'])
+    assert {f: f.read_bytes() for f in stopped.iterdir()} == before and not Path('evil').exists()
+
+@pytest.mark.parametrize('args,message', [('--resume nowhere', "args: no such file: 'nowhere/args.json'"), ('--resume {run}', 'holds a run that is finished'),
+    ('--resume {run} --epochs 9', 'give resume alone, without epochs'), ('--resume {run} --out other', 'give resume alone, without out'),
+    ('--resume {run} --args a.json', 'give resume alone, without args'), ('--resume {run} --find_lr', 'give resume alone, without find_lr')])
+def test_resume_of_nothing(args, message, whole, tmp_path, capsys):
+    before = {f: f.read_bytes() for f in whole.iterdir()}
+    assert message in refused(capsys, args.format(run=whole).split())
+    assert not names(tmp_path) and {f: f.read_bytes() for f in whole.iterdir()} == before

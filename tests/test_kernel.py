@@ -1,0 +1,155 @@
+"The kernel in C computes the formula, touches nothing beside its tensors, and has PyTorch's threads"
+import math, os, random, subprocess, sys
+from functools import partial
+from types import SimpleNamespace
+from weakref import ref
+
+import pytest, torch
+from torch import nn
+from fastai_nadam import DozatNAdam, NAdam, multi_tensor
+from fastai_nadam.multi_tensor import _kernel, address_blocks, foreach_step, fused_step, kernel_step, pick_impl
+from fastai_nadam.rules import adam_rule, dozat_rule, ruder_rule
+
+built = pytest.mark.skipif(_kernel is None, reason='the kernel in C was not built, or is switched off')
+tols = {torch.float64: 1e-12, torch.float32: 2e-5}
+sizes = [0, 1, 2, 7, 15, 16, 17, 63, 100, 1001, 2**16, 2**17+5]
+
+@pytest.fixture
+def threads():
+    n = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(n)
+
+def python(code, **env):
+    "What a fresh Python prints"
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+    assert p.returncode == 0, p.stderr
+    return p.stdout.split()
+
+def guarded(n, dtype):
+    "A tensor of `n` random elements at an odd place in a larger one, and what lies before and after it"
+    at = random.randrange(20)
+    base = torch.randn(n + at + 20, dtype=dtype)
+    return base[at:at+n], base[:at], base[at+n:]
+
+def formula(p, g, m, v, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2):
+    "One step in float64"
+    g = g + l2*p
+    m, v = mom*m + (1-mom)*g, sqr_mom*v + (1-sqr_mom)*g*g
+    return (1-lr*wd)*p - lr*(a*m + b*g)/((v/debias2).sqrt() + eps), g, m, v
+
+@built
+@pytest.mark.parametrize('rule', [ruder_rule, partial(dozat_rule, mom_decay=4e-3), adam_rule], ids=['ruder', 'dozat', 'adam'])
+@pytest.mark.parametrize('decay', ['wd', 'l2'])
+@pytest.mark.parametrize('dtype', tols, ids=str)
+def test_fifty_steps(rule, decay, dtype, threads):
+    "Against the formula in float64, with other hypers in each step, on tensors of many lengths at odd places in memory"
+    lengths = random.sample(sizes, len(sizes))
+    rows = [[guarded(n, dtype) for n in lengths] for _ in range(4)]
+    raw = [[t for t,*_ in row] for row in rows]
+    around = [(o, o.clone()) for row in rows for _,*os in row for o in os]
+    for v in raw[3]: v.abs_()
+    exact = [[t.to(torch.float64, copy=True) for t in ts] for ts in raw]
+    blocks, prods, sqr_prod = address_blocks(*raw), {}, 1.
+    for step in range(1, 51):
+        mom, sqr_mom = random.uniform(0.5, 0.99), random.uniform(0.9, 0.999)
+        sqr_prod *= sqr_mom
+        a, b, prods = rule(mom=mom, step=step, **prods)
+        kw = dict(lr=random.uniform(0, 0.1), mom=mom, sqr_mom=sqr_mom, eps=1e-3, wd=0., l2=0., a=a, b=b, debias2=1-sqr_prod)
+        kw[decay] = random.choice([0., 0.1])
+        for g,x in zip(raw[1], exact[1]): x.copy_(g.normal_())
+        threads(1 + (step%10 == 0))
+        kernel_step(blocks, **kw)
+        threads(1)
+        exact = list(zip(*(formula(*ts, **kw) for ts in zip(*exact))))
+    for ts,xs in zip(raw, exact):
+        for t,x in zip(ts, xs): torch.testing.assert_close(t.double(), x, rtol=tols[dtype], atol=tols[dtype])
+    assert all(torch.equal(o, before) for o,before in around), 'something beside the tensors has changed'
+
+@built
+@pytest.mark.parametrize('dtype', tols, ids=str)
+@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam, partial(NAdam, nesterov=False)], ids=['NAdam', 'DozatNAdam', 'Adam'])
+@pytest.mark.parametrize('decouple_wd', [True, False])
+def test_nan_and_infinity_go_where_the_steppers_send_them(dtype, opt_func, decouple_wd):
+    n = 500
+    ps = [nn.Parameter(torch.randn(n, dtype=dtype)) for _ in range(2)]
+    ps[1].data.copy_(ps[0].data)
+    opts = [opt_func([p], 0.1, wd=0.1, decouple_wd=decouple_wd, **kw) for p,kw in zip(ps, (dict(), dict(foreach=False, fused=False)))]
+    assert [o.impl for o in opts] == ['kernel', 'steppers']
+    for t in range(6):
+        g = torch.randn(n, dtype=dtype)
+        odd = torch.tensor([math.nan, math.inf, -math.inf, 1e-38, 1e30, 0.], dtype=dtype)
+        for x in (g, ps[0].data): x[torch.randperm(n)[:6]] = odd
+        ps[1].data.copy_(ps[0].data)
+        for p,o in zip(ps, opts):
+            p.grad = g.clone()
+            o.step()
+        ours, theirs = ((p.data, p.grad, o.state[p]['grad_avg'], o.state[p]['sqr_avg']) for p,o in zip(ps, opts))
+        torch.testing.assert_close(ours, theirs, rtol=tols[dtype], atol=tols[dtype], equal_nan=True)
+    assert 0 < ps[0].data.isfinite().sum() < n and ps[0].data.isnan().any()
+
+@built
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    start = [[torch.rand(n) for n in (*sizes, 200_000)] for _ in range(4)]
+    res = []
+    for n in (1, 2, 5):
+        threads(n)
+        lists = [[t.clone() for t in ts] for ts in start]
+        kernel_step(address_blocks(*lists), lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=1., b=0.5, debias2=0.5)
+        res.append(sum(lists, []))
+    assert all(torch.equal(x, y) for other in res[1:] for x,y in zip(res[0], other))
+
+@built
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
+@pytest.mark.parametrize('first,second', [('torch_op', 'step'), ('step', 'torch_op')])
+def test_threads_are_pytorchs(first, second):
+    "No others are started, `set_num_threads` holds for both, and a child of a fork that has one thread can step"
+    gomp, one, before, *n, child = map(int, python(f"""
+import os, torch
+from fastai_nadam.multi_tensor import address_blocks, kernel_step
+lists = [[torch.ones(2_000_000)] for _ in range(4)]
+def torch_op(): return lists[0][0] + lists[1][0]
+def step(): kernel_step(address_blocks(*lists), lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0., l2=0., a=1., b=1., debias2=1.)
+def running(): print(len(os.listdir('/proc/self/task')), flush=True)
+print(len({{l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l}}))
+step(); running()
+torch.set_num_threads(3); running() # this starts threads too, of another kind
+{first}(); running()
+{second}(); running()
+if not (pid := os.fork()):
+    torch.set_num_threads(1)
+    step()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))""", OMP_NUM_THREADS='1'))
+    assert child == 7 and one == 1
+    if gomp != 1: pytest.skip('this PyTorch brings no libgomp.so.1')
+    assert n == [before+2]*2
+
+def test_switched_off_by_the_environment():
+    code = "import torch; from fastai_nadam import NAdam, multi_tensor as m; print(m._kernel is None, NAdam([torch.ones(2)], 1.).impl)"
+    off = ['True', 'fused' if multi_tensor._has_fused('cpu', torch.float32) else 'foreach']
+    assert python(code, FASTAI_NADAM_KERNEL='0') == off
+    assert python(code, FASTAI_NADAM_KERNEL='1') == (['False', 'kernel'] if _kernel else off)
+
+def test_pick_impl(monkeypatch):
+    "With a kernel that has threads, with one that has none, and without one"
+    has = multi_tensor._has_fused('cpu', torch.float32)
+    theirs = fused_step if has else foreach_step
+    for kernel,first in ((SimpleNamespace(openmp=1), kernel_step), (SimpleNamespace(openmp=0), theirs if has else kernel_step), (None, theirs)):
+        monkeypatch.setattr(multi_tensor, '_kernel', kernel)
+        pick_impl.cache_clear()
+        for dtype in tols:
+            assert pick_impl('cpu', dtype) is first and pick_impl('cpu', dtype, foreach=True) is foreach_step
+            assert pick_impl('cpu', dtype, False, False) is None and pick_impl('cpu', dtype, fused=False) is None
+            if kernel or has: assert pick_impl('cpu', dtype, fused=True) is first and pick_impl('cpu', dtype, True, True) is first
+        assert pick_impl('cpu', torch.bfloat16) is theirs and pick_impl('meta', torch.float32) is foreach_step
+        for args in (('meta', torch.float32), ('cpu', torch.int64)):
+            with pytest.raises(ValueError, match='fused=True: there is no such kernel for'): pick_impl(*args, fused=True)
+    pick_impl.cache_clear()
+
+def test_blocks_keep_no_tensor_alive():
+    lists = [[torch.ones(5), torch.ones(3)] for _ in range(4)]
+    blocks, refs = address_blocks(*lists), [ref(t) for ts in lists for t in ts]
+    lists.clear()
+    assert blocks and all(r() is None for r in refs)
+    assert not address_blocks(*[[torch.ones(0)]]*4)
