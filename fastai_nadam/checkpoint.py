@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from fastai.vision.all import *
 from .cli import atomic_save, lock_folder, save_json, tell_versions, versions
-from .optimizer import _plain
+from .optimizer import plain
 
 # %% ../nbs/12_checkpoint.ipynb #8c99628e
 def _rngs(dls): return [getattr(dl, 'dl', dl).rng for dl in dls.loaders] # a DistributedDL has another in `dl`
@@ -83,7 +83,7 @@ def _save(self:Checkpoint):
         model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), scaler=s.state_dict() if s else {},
         losses=torch.stack(r.losses).as_subclass(Tensor) if r.losses else torch.empty(0), lrs=r.lrs,
         hps=self.param_scheduler.hps, smooth_loss=r.smooth_loss.val.as_subclass(Tensor))
-    with atomic_save(self.file) as f: torch.save(_plain(state), f)
+    with atomic_save(self.file) as f: torch.save(plain(state), f)
 
 # %% ../nbs/12_checkpoint.ipynb #b4542f83
 def read_checkpoint(

@@ -123,11 +123,11 @@ def raw_tensors(
 ) -> tuple|None: # The tensors to hand to a kernel, `DTensor`s as their local shards; None: they have no common layout
     "The tensors behind `ts`, if their memory can be walked through side by side"
     p = ts[0]
-    if type(p) not in (torch.Tensor, torch.nn.Parameter):
+    if not {*map(type, ts)} <= {torch.Tensor, torch.nn.Parameter}:
         if not all(hasattr(t, 'to_local') and t.placements == p.placements and t.device_mesh == p.device_mesh for t in ts): return None
         ts = tuple(t.to_local() for t in ts)
         p = ts[0]
-    if any(t.dtype != p.dtype for t in ts): return None
+    if any(t.dtype != p.dtype or t.is_neg() for t in ts): return None # of some views, memory holds the negative
     if all(t.is_contiguous() for t in ts): return ts
     return ts if all(t.stride() == p.stride() for t in ts) and torch.ops.aten.is_non_overlapping_and_dense(p) else None
 

@@ -17,7 +17,7 @@ from torchvision import models as tvm
 from .checkpoint import Checkpoint, read_args, run_folder, save_args
 from .cli import atomic_save, check_int, cli, has_bars, save_fig
 from .data import check_images, data_path, downloads, get_dls, list_images
-from .optimizer import DozatNAdam, NAdam, _plain, check_hyper
+from .optimizer import DozatNAdam, NAdam, plain, check_hyper
 
 # %% ../nbs/13_train.ipynb #07ec
 opt_funcs = dict(NAdam=NAdam, DozatNAdam=DozatNAdam, Adam=Adam, RAdam=RAdam, ranger=ranger)
@@ -210,7 +210,7 @@ def plot_history(
 def save_results(learn:Learner):
     "Write `history.png` and `model.pth` to the folder of `learn`"
     save_fig(plot_history(learn), learn.path/'history.png')
-    state = dict(model=learn.model.state_dict(), opt=_plain(learn.opt.state_dict()))
+    state = dict(model=learn.model.state_dict(), opt=plain(learn.opt.state_dict()))
     with atomic_save(learn.path/'model.pth') as f: torch.save(state, f)
 
 # %% ../nbs/13_train.ipynb #52ec

@@ -1,11 +1,15 @@
 "Measurements measure what they say, and the command refuses what it cannot do"
-import json, math, time
+import json, math, random, time
+from importlib.util import find_spec
+from types import SimpleNamespace
 
-import pytest, torch
+import pandas as pd, pytest, torch
 from torch import nn
 
 from fastai_nadam import NAdam, bench as b
-from fastai_nadam.bench import bench_cases, bench_step, extra_memory, find_peers, interleave, main, net_shapes, new_params, reference
+from fastai_nadam.bench import (bench_cases, bench_step, bench_training, extra_memory, find_peers, in_words, interleave, main, median_interval, net_shapes,
+    new_params, ratios, reference, show_steps, show_training)
+from fastai_nadam.multi_tensor import _kernel
 from impls import needs_kernel
 
 pytestmark = needs_kernel
@@ -20,6 +24,30 @@ def test_turns_are_fair():
     turns = [tuple(calls[i:i+3]) for i in range(9, len(calls), 3)] # after three calls of each
     assert df.shape == (30, 3) and len(turns) == 30 and all(sorted(o) == list('abc') for o in turns) and len(set(turns)) > 2
     assert (df >= 0.006).all(axis=None)
+
+def test_what_prepares_a_call_is_not_timed(monkeypatch):
+    clock = [0.]
+    def pass_time(s): clock[0] += s
+    monkeypatch.setattr(b, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
+    df = interleave({'a': lambda: pass_time(1), 'b': lambda: pass_time(2)}, rounds=3, before=lambda: pass_time(100))
+    assert (df.a == 1).all() and (df.b == 2).all()
+
+def test_noise_is_not_read_as_a_difference():
+    noise, slow = torch.rand(20).add(0.5).tolist(), torch.rand(20).add(2).tolist()
+    df = ratios(pd.DataFrame({reference: [1.]*20, 'noise': noise, 'slow': slow, 'fast': [0.5]*20}))
+    words = dict(zip(df.index, df.apply(in_words, axis=1)))
+    low, high = sorted(noise)[5], sorted(noise)[14]
+    assert words == {reference: 'the same', 'noise': 'within noise' if low <= 1 <= high else words['noise'], 'slow': 'slower', 'fast': 'faster'}
+    assert (df.loc['noise', 'low'], df.loc['noise', 'high']) == (low, high) and df.ratio['noise'] == pytest.approx(pd.Series(noise).median())
+    few = ratios(pd.DataFrame({reference: [1.]*5, 'slow': [2.]*5}))
+    assert few.low.isna().all() and set(few.apply(in_words, axis=1)) == {'too few rounds'}
+
+@pytest.mark.parametrize('n,k', [(6, 0), (20, 5), (100, 39)])
+def test_interval_of_the_median(n, k):
+    "Against the binomial distribution itself: the widest that leaves 2.5 % on each side"
+    assert median_interval(random.sample(range(n), n)) == (k, n-1-k)
+    def tail(k): return sum(math.comb(n, i) for i in range(k+1))/2**n
+    assert tail(k) <= 0.025 < tail(k+1)
 
 def test_short_calls_are_repeated():
     calls = []
@@ -47,11 +75,11 @@ def test_steps_and_columns():
             assert all(p.grad is not None for p in self.ps)
             seen.append(self.n)
             self.opt.zero_grad()
-    df = bench_step([(3, 4), (5,)], {reference: find_peers()[reference], 'counted': Counted}, rounds=4)
-    assert list(df.index) == [reference, 'counted'] and list(df) == ['step_ms', 'low_ms', 'high_ms', 'ratio', 'over_best', 'zero_ms', 'extra_mib']
-    assert (df.low_ms <= df.step_ms).all() and (df.step_ms <= df.high_ms).all() and df.ratio[reference] == 1
-    assert df.ratio['counted'] == pytest.approx(df.step_ms['counted']/df.step_ms[reference])
-    assert len(seen) == 4 and len(set(seen)) == 1 and seen[0] > 4
+    df = bench_step([(3, 4), (5,)], {reference: find_peers()[reference], 'counted': Counted}, rounds=6)
+    assert list(df.index) == [reference, 'counted'] and list(df) == ['ratio', 'low', 'high', 'step_ms', 'both_ms', 'floor', 'extra_mib', 'first_s']
+    assert (df.low <= df.ratio).all() and (df.ratio <= df.high).all() and df.ratio[reference] == 1
+    assert len(seen) == seen[-1] - seen[0] + 1 and seen[0] > 5 # at the end, each step with a zero_grad
+    assert show_steps(df).shape == (2, 8) and show_steps(df)['AdamW'].iloc[0] == '1.00'
 
 def test_a_slow_optimizer_is_seen_to_be_slow():
     class Slow:
@@ -59,13 +87,13 @@ def test_a_slow_optimizer_is_seen_to_be_slow():
         def step(self): time.sleep(0.02); torch.empty(2**20)
         def zero_grad(self): time.sleep(0.01)
     df = bench_step([(3,)], {reference: find_peers()[reference], 'slow': Slow}, rounds=3)
-    assert df.step_ms['slow'] >= 20 and df.zero_ms['slow'] >= 10 and df.extra_mib['slow'] == pytest.approx(4)
+    assert df.step_ms['slow'] >= 20 and df.both_ms['slow'] >= 30 and df.first_s['slow'] >= 0.1 and df.extra_mib['slow'] == pytest.approx(4)
 
 @pytest.mark.parametrize('name', ['NAdam', 'DozatNAdam'])
 def test_ours_need_no_memory(name):
-    "Figures of memory are no timings: at most 8 MiB beyond parameters, gradients and state, whatever the size"
+    "Figures of memory are no timings: nothing beyond parameters, gradients and state; at most 8 MiB without the kernel in C"
     df = bench_step([(4_000_000,), (300, 300), *[(64,)]*50], {k: find_peers()[k] for k in (reference, name)}, rounds=1)
-    assert df.extra_mib[name] < 8
+    assert df.extra_mib[name] < (0.01 if _kernel else 8)
 
 def test_every_peer_steps():
     peers = find_peers()
@@ -93,19 +121,22 @@ def test_shapes():
     assert sum(map(math.prod, net_shapes('vit_b_16'))) == 86_567_656 # torchvision's own figure
 
 def test_parts_add_up():
-    parts = b.step_parts(NAdam(new_params([(1000, 1000)]), lr=1e-3), n=5)
-    assert (parts >= 0).all() and parts['fused_adamw'] > parts['other operations']
-    b.plot_parts({'NAdam': parts})
+    parts = {k: b.step_parts(f(new_params([(1000, 1000)]), lr=1e-3), n=5) for k,f in find_peers().items() if k in (reference, 'NAdam', 'fastai Adam')}
+    assert all(list(o.index) == ['kernel', 'other operations', 'Python'] and (o >= 0).all() for o in parts.values())
+    assert parts[reference]['kernel'] > parts[reference]['other operations'] and parts['NAdam']['kernel'] > parts['NAdam']['other operations']
+    assert parts['fastai Adam']['kernel'] == 0 < parts['fastai Adam']['other operations']
+    b.plot_parts(parts)
 
-def test_epoch():
-    df = b.bench_epoch({k: find_peers()[k] for k in (reference, 'NAdam')}, rounds=1, arch='squeezenet1_1')
-    assert (df.opt_s > 0).all() and (df.share < 1).all() and df.ratio[reference] == 1
+def test_training():
+    df = bench_training({k: find_peers()[k] for k in (reference, 'NAdam')}, rounds=2, arch='squeezenet1_1')
+    assert (df.opt_ms > 0).all() and (df.opt_ms < df.batch_ms).all() and (df.share < 1).all() and df.ratio[reference] == 1
+    assert show_training(df).shape == (2, 6)
 
 def test_command(tmp_path, capsys):
     args = ['--nets', 'mlp,squeezenet1_1', '--opts', 'DozatNAdam', '--rounds', '2', '--json', 'figures.json', '--plot', 'plot.png']
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert 'mlp: 10 tensors, 31,722 parameters' in out and 'over_best' in out and 'torch NAdam' not in out
+    assert 'mlp: 10 tensors, 31,722 parameters' in out and 'floor' in out and 'torch NAdam' not in out
     figures = json.loads((tmp_path/'figures.json').read_text())
     assert [(o['case'], o['opt']) for o in figures['steps']] == [(c, o) for c in ('mlp', 'squeezenet1_1') for o in (reference, 'DozatNAdam')]
     assert figures['versions']['torch'] and figures['rounds'] == 2 and (tmp_path/'plot.png').stat().st_size > 5000
@@ -114,8 +145,8 @@ def test_command(tmp_path, capsys):
 
 @pytest.mark.parametrize('args,message', [('--opts SGD', "opts must be among AdamW(fused), NAdam, "), ('--nets mlp,resnet35', "got 'resnet35'"), ('--rounds 0', 'rounds must be'),
     ('--tensors 0', 'tensors must be'), ('--tensors 3 --numel 0', 'numel must be'), ('--dtype int8', "dtype must be one of float32"), ('--device tpu', "device must be cpu or cuda, got 'tpu'"),
-    ('--json .', "json must be a file, got '.'"), ('--plot fig.xyz', "plot must be a file whose name ends in .png, got 'fig.xyz'"), ('--epoch --dtype bfloat16', 'epoch is for float32'),
-    ('--json no/figures.json', "json: no such folder: 'no'"), ('--plot no/plot.png', "plot: no such folder: 'no'"), ('--round 3', 'unrecognized arguments')])
+    ('--json .', "json must be a file, got '.'"), ('--plot fig.xyz', "plot must be a file whose name ends in .png, got 'fig.xyz'"), ('--training --dtype bfloat16', 'training is for float32'),
+    ('--json no/figures.json', "json: no such folder: 'no'"), ('--plot no/plot.png', "plot: no such folder: 'no'"), ('--round 3', 'unrecognized arguments'), ('--opts ,', "got ''"), ('--opts HeavyBall', 'opts must be among')])
 def test_refused(args, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(b, 'bench_step', lambda *a, **k: pytest.fail('it measures'))
     try: code = main(args.split())
@@ -123,6 +154,23 @@ def test_refused(args, message, tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert code == 2 and message in err and err.startswith('nadam-bench: ') and err.count('\n') == 1 and not out
     assert not list(tmp_path.iterdir())
+
+def test_too_large_for_memory(capsys):
+    "4 PB are more than an address can reach"
+    assert main(['--tensors', '2', '--numel', str(10**15), '--rounds', '1']) == 2
+    assert 'allocate' in (err := capsys.readouterr().err) and err.count('\n') == 1
+
+def test_compiled_peers_are_there_when_asked_for():
+    assert find_peers(True).keys() - find_peers().keys() == {'torch NAdam(compiled)', *['HeavyBall NAdam']*bool(find_spec('heavyball'))}
+
+def test_plots_show_every_optimizer_and_cut_a_long_bar():
+    rows = [dict(opt=o, ratio=r, low=r-0.1, high=r+0.1, step_ms=r, case=c, tensors=100, parameters=n) for c,n in (('1 M', 1e6), ('5 M', 5e6))
+        for o,r in ((reference, 1.), ('NAdam', 0.9), ('torch NAdam', 4.), ('timm NAdamW', 40.))]
+    fig = b.plot_steps(pd.DataFrame(rows))
+    assert len(fig.axes) == 2 and [o.get_width() for o in fig.axes[0].patches] == pytest.approx([1, 0.9, 4, 5.6]) and '//' in [o.get_text() for o in fig.axes[0].texts]
+    fig = b.plot_growth(pd.DataFrame(rows))
+    colors = {o.get_label(): o.get_color() for o in fig.axes[0].lines}
+    assert colors[reference] == 'k' and colors['NAdam'] == 'C0' and colors['torch NAdam'] == colors['timm NAdamW'] == '0.6'
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_no_gpu(capsys): assert main(['--device', 'cuda']) == 2 and 'there is no CUDA GPU' in capsys.readouterr().err

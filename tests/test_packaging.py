@@ -66,6 +66,8 @@ def test_modules_are_exported_from_the_notebooks(project):
     assert (project/'pyproject.toml').read_bytes() == toml
     assert contents(project/'nbs').keys() == contents(root/'nbs').keys()
 
+def all_rooms(): return [o for o in exports() if o not in ('multi_tensor', 'cli')]  # rooms with something for users
+
 def test_a_module_imports_only_from_rows_above_it():
     order = list(exports())
     assert order[0] == 'rules' and {'steppers', 'optimizer', 'data', 'train'} < set(order)
@@ -73,8 +75,15 @@ def test_a_module_imports_only_from_rows_above_it():
     for i,mod in enumerate(order):
         above = {*order[:i], *['_kernel']*(mod == 'multi_tensor')}
         assert set(rooms(root/f'fastai_nadam/{mod}.py')) <= above, f'{mod} may import only {above}'
-    assert rooms(root/'fastai_nadam/all.py') == [o for o in order if o not in ('multi_tensor', 'cli')], 'all.py has every room in which there is something to name'
+    assert rooms(root/'fastai_nadam/all.py') == all_rooms()
     assert rooms(root/'fastai_nadam/__init__.py') == ['optimizer']
+
+def test_pictures_in_contributing_are_drawn_from_the_code():
+    code = """import runpy; from pathlib import Path; from torch import ones; from fastai_nadam import NAdam
+m, text = runpy.run_path('nbs/_structure.py'), Path('CONTRIBUTING.md').read_text(encoding='utf-8')
+if NAdam([ones(1)], 1.).impl == 'kernel': assert m['drawn'](text) == text, 'run python nbs/_structure.py'
+else: assert '\\n'.join(m['draw_modules']()) in text, 'run python nbs/_structure.py'"""
+    python(code, cwd=root, env={k: v for k,v in os.environ.items() if k != 'FASTAI_NADAM_KERNEL'})
 
 def test_import_of_the_package_leaves_the_training_rooms_out():
     code = "import sys, fastai_nadam; assert fastai_nadam.NAdam and fastai_nadam.DozatNAdam; print(*sys.modules)"
@@ -159,15 +168,23 @@ def test_links_resolve(page):
         assert target.exists() and root in target.parents, link
         if anchor: assert anchor in anchors(prose(target)), link
 
+def sidebar():
+    "The notebooks in the order in which the site has them"
+    pages = yaml.safe_load((root/'nbs/sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    return [o for page in pages for o in ([page] if isinstance(page, str) else page['contents'])]
+
+def test_readme_and_site_have_one_order():
+    rows = re.findall(r'^\| \[.*?\]\(([\w.]+\.ipynb)\) \|', prose(root/'nbs/index.ipynb'), re.M)
+    assert ['index.ipynb', *rows] == sidebar()
+
 @needs_nbdev
 def test_site_has_every_notebook(project):
     "All that `nbdev-docs` does before it calls Quarto"
     python('from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; refresh_quarto_yml(); nbdev_sidebar()', cwd=project)
     made = {f: (project/'nbs'/f).read_text(encoding='utf-8') for f in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml')}
     for f in ('_quarto.yml', 'nbdev.yml'): assert made[f] == (root/'nbs'/f).read_text(encoding='utf-8'), f'nbdev would rewrite {f}'
-    names = [nb.name for nb in nbs]
-    pages = yaml.safe_load(made['sidebar.yml'])['website']['sidebar']['contents']
-    assert pages[0] == 'index.ipynb' and pages[1:] == [n for n in names if n != 'index.ipynb']
+    pages = sidebar()
+    assert pages[0] == 'index.ipynb' and sorted(pages) == [nb.name for nb in nbs]
     for f in yaml.safe_load(made['_quarto.yml'])['metadata-files']: assert f in made
     python('from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)', cwd=project)
     for nb in nbs:
