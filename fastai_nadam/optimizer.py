@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
-from operator import itemgetter
+from operator import eq
 
 import numpy as np, torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def NAdam(
     foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; None: the fastest that the tensors allow
     fused:bool|None=None # Use a fused kernel? As in `torch.optim`; both False: the steppers
 ) -> 'NAdamOptimizer':
-    "A NAdam/NAdamW `Optimizer`: Ruder's simplified rule (arXiv 1609.04747), debiased exactly under any momentum schedule"
+    "NAdam/NAdamW: Ruder's simplified rule (arXiv 1609.04747), debiased exactly under any momentum schedule"
     rule = ruder_rule if check_flag('nesterov', nesterov) else adam_rule
     return NAdamOptimizer(params, rule, decouple_wd, foreach, fused, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
@@ -49,16 +49,18 @@ def DozatNAdam(
     eps:float=1e-8, # Added to the denominator for numerical stability
     wd:float=0., # Weight decay (decoupled or L2)
     decouple_wd:bool=True, # Decoupled weight decay (arXiv 1711.05101), or L2 regularization?
-    mom_decay:float|None=4e-3, # Momentum decay ψ: 4e-3 PyTorch, 1 Keras since 2.11, None no warm-up (optax); schedulable
+    mom_decay:float|None=4e-3, # Momentum decay ψ: 4e-3 PyTorch, 1 Keras, None no warm-up (optax); schedulable
     foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; None: the fastest that the tensors allow
     fused:bool|None=None # Use a fused kernel? As in `torch.optim`; both False: the steppers
 ) -> 'NAdamOptimizer':
-    "A NAdam `Optimizer` with Dozat's rule and momentum warm-up (ICLR 2016 workshop): the same steps as `torch.optim.NAdam`"
-    return NAdamOptimizer(params, dozat_rule, decouple_wd, foreach, fused, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd,
-        mom_decay=math.inf if mom_decay is None else mom_decay)
+    "NAdam with Dozat's rule and momentum warm-up (ICLR 2016 workshop): the steps of `torch.optim.NAdam`"
+    mom_decay = math.inf if mom_decay is None else mom_decay
+    hypers = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, mom_decay=mom_decay)
+    return NAdamOptimizer(params, dozat_rule, decouple_wd, foreach, fused, **hypers)
 
 # %% ../nbs/03_optimizer.ipynb #07ec
 _avgs = ('grad_avg', 'sqr_avg')
+_not_a_number = TypeError, ValueError, OverflowError, RuntimeError # what float(x) may raise
 _allowed = {**dict.fromkeys(('lr', 'eps', 'wd'), ('a finite number ≥ 0', lambda x: 0 <= x < math.inf)),
     **dict.fromkeys(('mom', 'sqr_mom'), ('in [0, 1)', lambda x: 0 <= x < 1)),
     'mom_decay': ('a number ≥ 0 or inf', lambda x: x >= 0)}
@@ -71,7 +73,7 @@ def check_hyper(
     if k not in _allowed: return v
     what, ok = _allowed[k]
     try: x = float(v)
-    except (TypeError, ValueError, OverflowError, RuntimeError): raise ValueError(f"{k} must be {what}, got {v!r}") from None
+    except _not_a_number: raise ValueError(f"{k} must be {what}, got {v!r}") from None
     if not ok(x): raise ValueError(f"{k} must be {what}, got {x!r}")
     return x
 
@@ -98,7 +100,8 @@ def _check_params(params):
     ps = [p for pg in groups for p in pg]
     if not ps: raise ValueError(f"params is empty: {what}")
     for p in ps:
-        if not isinstance(p, Tensor): raise TypeError(f"params has a {type(p).__name__} ({p!r}) where a tensor should be: {what}")
+        if not isinstance(p, Tensor): raise TypeError(
+            f"params has a {type(p).__name__} ({p!r}) where a tensor should be: {what}")
         if p.is_complex(): raise ValueError(
             f"complex parameters are not supported, got shape {tuple(p.shape)}, dtype {p.dtype}; pass their real view")
     if len({id(p) for p in ps}) < len(ps):
@@ -137,7 +140,7 @@ class NAdamOptimizer(Optimizer):
         rule=ruder_rule, # Gives (a, b) and its running product from state and hypers, see `fastai_nadam.rules`
         decouple_wd:bool=True, # Decay the weights (AdamW), or add `wd` times the weights to the gradient (L2)?
         foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; see `pick_impl`
-        fused:bool|None=None, # Use a fused kernel? As in `torch.optim`; both None: the fastest, both False: the steppers
+        fused:bool|None=None, # Use a fused kernel? Both None: the fastest, both False: the steppers
         **hypers # Default hyper-parameters: `lr`, `mom`, `sqr_mom`, `eps`, `wd`, …
     ):
         store_attr('rule,decouple_wd,foreach,fused')
@@ -150,7 +153,7 @@ class NAdamOptimizer(Optimizer):
 
     def __setattr__(self, k, v):
         if k in ('rule', 'decouple_wd', 'cbs') and k in self.__dict__:
-            raise AttributeError(f"{k} cannot be changed; make a new optimizer and load this one's state_dict() into it")
+            raise AttributeError(f"{k} cannot be changed; load the state_dict() of this optimizer into a new one")
         if k in ('decouple_wd', 'foreach', 'fused'): check_flag(k, v, none=k != 'decouple_wd')
         super().__setattr__(k, v)
 
@@ -163,7 +166,7 @@ class NAdamOptimizer(Optimizer):
             raise
 
     def set_hyper(self, k, v):
-        "Set hyper `k` to a value, a list with one value per group, or a slice; fastai's own takes no numpy or tensor scalars"
+        "Set hyper `k` to a value, which may be a numpy or tensor scalar, a list with one per group, or a slice"
         super().set_hyper(k, v.item() if isinstance(v, (np.generic, Tensor)) and not v.ndim else v)
 
     def _set_hyper(self, k, v): super()._set_hyper(k, [check_hyper(k, o) for o in v])
@@ -173,8 +176,8 @@ class NAdamOptimizer(Optimizer):
     @property
     def impl(self):
         "How the parameters are stepped: 'kernel', 'fused', 'foreach' or 'steppers', or several of them"
-        names = {getattr(self._impl(p), '__name__', 'steppers').removesuffix('_step') for pg in self.param_lists for p in pg}
-        return ', '.join(sorted(names))
+        impls = {self._impl(p) for pg in self.param_lists for p in pg}
+        return ', '.join(sorted(o.__name__.removesuffix('_step') if o else 'steppers' for o in impls))
 
 # %% ../nbs/03_optimizer.ipynb #13se
 def _init_state(p, state):
@@ -199,24 +202,28 @@ class _Batch:
         "Do the states still have the numbers that the last step left?"
         if not self.impl: return True
         if not self.new: return False
-        try: vals = list(map(itemgetter(*self.new), [states[j] for j in self.idxs]))
+        ss = [states[j] for j in self.idxs]
+        try: return all([s[k] for s in ss].count(v) == len(ss) for k,v in self.new.items())
         except KeyError: return False
-        return vals.count(tuple(self.new.values())) == len(vals)
 
 @patch
 def _key(self:NAdamOptimizer, groups, ps, gs, states):
     "All that batches depend on, besides the numbers in the states; None if a tensor is missing or not plain"
-    try:
-        ts = [*ps, *gs, *(s[k] for k in _avgs for s in states)]
-        if not {*map(type, ts)} <= {*_plain}: return
-        return [self.foreach, self.fused, groups, [s.get('do_wd') for s in states], *(list(map(f, ts)) for f in _look)]
-    except (KeyError, RuntimeError): return # no averages yet; a sparse tensor has no address
+    try: ts = [*ps, *gs, *(s[k] for k in _avgs for s in states)]
+    except KeyError: return # no averages yet
+    if not {*map(type, ts)} <= {*_plain}: return
+    return [self.foreach, self.fused, groups, [s.get('do_wd') for s in states], len(ts)], ts
+
+def _same(looks, ts):
+    "Do tensors look as they did? One by one: 80,000 sizes and strides, all kept until the end, call the garbage collector"
+    try: return all(all(map(eq, map(f, ts), old)) for f,old in zip(_look, looks))
+    except RuntimeError: return False # a sparse tensor has no address
 
 # %% ../nbs/03_optimizer.ipynb #20sf
 def _local(t): return t.to_local() if hasattr(t, 'to_local') else t
 
 def _shared(rows, l2):
-    "Positions of the `rows` (parameter, gradient, averages) in which something that a step writes shares memory with anything else"
+    "Positions of the `rows` (parameter, gradient, averages) of which memory is shared, where a step writes to it"
     spans = []
     for j,ts in enumerate(rows):
         for k,t in enumerate(map(_local, ts)):
@@ -250,15 +257,14 @@ def _sort(self:NAdamOptimizer, groups, ps, gs, states):
 
 @patch
 def _batches(self:NAdamOptimizer, *todo):
-    "`todo`, which is groups, parameters, gradients and states, in batches: those of the last step if they are still right"
-    if not self._last or self._last[0] != self._key(*todo) or not all(b.in_step(todo[-1]) for b in self._last[1]):
-        batches = self._sort(*todo)
-        key = self._key(*todo)
-        if key is None:
-            self._last = None
-            return batches
-        self._last = key, batches
-    return self._last[1]
+    "Groups, parameters, gradients and states in batches: those of the last step, if they are still right"
+    if self._last and (new := self._key(*todo)):
+        key, batches, looks = self._last
+        if new[0] == key and _same(looks, new[1]) and all(b.in_step(todo[-1]) for b in batches): return batches
+    batches = self._sort(*todo)
+    new = self._key(*todo) # again, as averages may have been started
+    self._last = new and (new[0], batches, [list(map(f, new[1])) for f in _look])
+    return batches
 
 # %% ../nbs/03_optimizer.ipynb #30se
 @patch
@@ -267,11 +273,11 @@ def step(self:NAdamOptimizer, closure=None):
     "Step every parameter that has a gradient and is not frozen; nothing has changed if this raises a `ValueError`"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
     hypers = [{k: check_hyper(k, v) for k,v in h.items()} for h in self.hypers]
-    todo = [(i, p, g) for i,pg in enumerate(self.param_lists) for p in pg
-        if (g := p.grad) is not None and (p.requires_grad or not isinstance(p, nn.Parameter))]
-    if not todo: return
-    groups, ps, gs = map(list, zip(*todo))
-    states = [self.state[p] for p in ps]
+    def moves(p): return p.grad is not None and (p.requires_grad or not isinstance(p, nn.Parameter))
+    in_groups = [list(filter(moves, pg)) for pg in self.param_lists]
+    groups, ps = [i for i,pg in enumerate(in_groups) for _ in pg], sum(in_groups, [])
+    if not ps: return
+    gs, states = [p.grad for p in ps], [self.state[p] for p in ps]
     for b in self._batches(groups, ps, gs, states): self._step_batch(b, hypers[b.group], ps, gs, states)
 
 # %% ../nbs/03_optimizer.ipynb #31se
@@ -282,6 +288,12 @@ def _step_one(self:NAdamOptimizer, p, state, hyper):
     new = {**state, **{k: v.to(torch.promote_types(v.dtype, torch.float32)) for k,v in avgs.items()}}
     for cb in self.cbs: new.update(cb(p, **{**new, **hyper}) or {})
     state.update(new, **{k: v.copy_(new[k]) for k,v in avgs.items()})
+
+def _increment_versions(ps):
+    "Some kernels write behind autograd's back"
+    try: increment_version(ps)
+    except (RuntimeError, TypeError): # an older PyTorch takes one at a time
+        for p in ps: increment_version(p)
 
 @patch
 def _step_batch(self:NAdamOptimizer, batch, hyper, ps, gs, states):
@@ -294,22 +306,23 @@ def _step_batch(self:NAdamOptimizer, batch, hyper, ps, gs, states):
     a, b, new = self.rule(**{**first, **hyper, 'step': step})
     new.update(step=step, sqr_mom_prod=running_prod(hyper['sqr_mom'], step, first.get('sqr_mom_prod')))
     wd = hyper['wd'] if first.get('do_wd', True) else 0.
-    for j in batch.idxs: increment_version(ps[j]) # some kernels write behind autograd's back
+    _increment_versions([ps[j] for j in batch.idxs])
     blocks = self._blocks(batch, ps, gs, states)
-    if blocks: batch.impl(blocks, **{k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')}, a=a, b=b, debias2=1-new['sqr_mom_prod'],
-        wd=wd*self.decouple_wd, l2=wd*(not self.decouple_wd))
+    wd, l2 = (wd, 0.) if self.decouple_wd else (0., wd)
+    hypers = [hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')]
+    if blocks: batch.impl(blocks, *hypers, wd, l2, a, b, debias2=1-new['sqr_mom_prod'])
     for j in batch.idxs: states[j].update(new)
     batch.new = new
 
 @patch
 def _blocks(self:NAdamOptimizer, batch, ps, gs, states):
     "What the implementation of `batch` takes: addresses, which are kept, or views, which are not"
-    kernel = batch.impl is kernel_step
     if batch.blocks is not None: return batch.blocks
     ts = zip(*((ps[j], gs[j], *map(states[j].get, _avgs)) for j in batch.idxs))
-    blocks = (address_blocks if kernel else cut_blocks)(*([_local(t) for t in o] for o in ts))
-    if kernel: batch.blocks = blocks
-    return blocks
+    ts = [[_local(t) for t in o] for o in ts]
+    if batch.impl is not kernel_step: return cut_blocks(*ts)
+    batch.blocks = address_blocks(*ts)
+    return batch.blocks
 
 # %% ../nbs/03_optimizer.ipynb #50ze
 @patch
@@ -334,7 +347,7 @@ def plain(o):
 # %% ../nbs/03_optimizer.ipynb #33sf
 @patch
 def state_dict(self:NAdamOptimizer):
-    "State and hypers in plain types, for `torch.save`. They are live: a later step changes them; `deepcopy` them to keep them"
+    "State and hypers in plain types. They are live: a later step changes them; `deepcopy` them to keep them"
     res = {'state': [self.state[p] for pg in self.param_lists for p in pg], 'hypers': list(self.hypers)}
     for o in res.values():
         for d in o: d.update(plain(d))
@@ -342,12 +355,12 @@ def state_dict(self:NAdamOptimizer):
 
 # %% ../nbs/03_optimizer.ipynb #36ae
 def _check_state(i, p, state, hyper, rule):
-    "`state` for parameter number `i`, with the running products that it may lack; raises a `ValueError` if it does not fit"
+    "`state` of parameter `i`, with the running products that it may lack; a `ValueError` if it does not fit"
     def check(ok, msg):
         if not ok: raise ValueError(f"state of parameter {i}, of shape {tuple(p.shape)}: {msg}")
     def number(k):
         try: return float(state[k])
-        except (TypeError, ValueError, OverflowError, RuntimeError): check(False, f"{k} must be a number, got {state[k]!r}")
+        except _not_a_number: check(False, f"{k} must be a number, got {state[k]!r}")
     check(all(isinstance(k, str) for k in state), f"keys must be strings, got {list(state)}")
     for k in ('do_wd', 'force_train'):
         check(isinstance(state.get(k, True), (bool, np.bool_)), f"{k} must be True or False, got {state.get(k)!r}")
@@ -380,17 +393,19 @@ def _copy_to(p, v):
 # %% ../nbs/03_optimizer.ipynb #36af
 @patch
 def load_state_dict(self:NAdamOptimizer,
-    sd:dict # From `state_dict` of this optimizer, or of another fastai optimizer that keeps `grad_avg`, `sqr_avg` and `step`
+    sd:dict # From `state_dict` of this or another fastai optimizer that keeps `grad_avg`, `sqr_avg` and `step`
 ):
     "Load a copy of `sd`. Raises a `ValueError`, with nothing changed, if it does not fit"
     if not isinstance(sd, dict) or not {'state', 'hypers'} <= sd.keys():
-        raise ValueError(f"state_dict must have 'state' and 'hypers', got {list(sd) if isinstance(sd, dict) else type(sd)}")
+        got = list(sd) if isinstance(sd, dict) else type(sd)
+        raise ValueError(f"state_dict must have 'state' and 'hypers', got {got}")
     ps = [p for pg in self.param_lists for p in pg]
     for key, what, n in (('hypers', 'parameter groups', len(self.hypers)), ('state', 'parameters', len(ps))):
         if not isinstance(sd[key], (list, tuple, L)) or not all(isinstance(o, dict) for o in sd[key]):
             raise ValueError(f"state_dict['{key}'] must be a list of dicts, got {type(sd[key])}")
         if len(sd[key]) != n: raise ValueError(f"state_dict has {len(sd[key])} {what}, the optimizer has {n}")
-    hypers = [{k: check_hyper(k, new.get(k, v)) for k,v in h.items()} for h,new in zip(self.hypers, plain(sd['hypers']))]
+    new = plain(sd['hypers'])
+    hypers = [{k: check_hyper(k, o.get(k, v)) for k,v in h.items()} for h,o in zip(self.hypers, new)]
     ph = [h for pg,h in zip(self.param_lists, hypers) for _ in pg]
     state = [_check_state(i, p, dict(s), h, self.rule) for i,(p,s,h) in enumerate(zip(ps, sd['state'], ph))]
     state = [{k: _copy_to(p, v) for k,v in s.items()} for p,s in zip(ps, state)]

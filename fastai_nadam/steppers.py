@@ -12,7 +12,7 @@ from .rules import dozat_rule, ruder_rule, running_prod
 # %% ../nbs/01_steppers.ipynb #07ec
 def nadam_step(p, lr, mom, step, sqr_mom, grad_avg, sqr_avg, eps, mom_prod=None, sqr_mom_prod=None, rule=ruder_rule,
     **kwargs):
-    "Step `p` along the Nesterov momentum of its gradient (Ruder 2016, arXiv 1609.04747, or another `rule` of the family)"
+    "Step `p` along the Nesterov momentum of its gradient (Ruder 2016, arXiv 1609.04747), or by another `rule`"
     a, b, prods = rule(mom=mom, step=step, mom_prod=mom_prod, **kwargs)
     sqr_mom_prod = running_prod(sqr_mom, step, sqr_mom_prod)
     m, v, g = (o.to(torch.promote_types(o.dtype, torch.float32)) for o in (grad_avg, sqr_avg, p.grad.data))

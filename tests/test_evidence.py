@@ -8,6 +8,7 @@ import numpy as np, pandas as pd, pytest, torch
 from scipy.stats import ttest_1samp
 from fastai.torch_core import set_seed
 from fastai_nadam.optimizer import NAdam
+from fastai_nadam.results import Comparison
 
 evidence = Path(__file__).parent.parent/'nbs'/'evidence'
 needs_data = pytest.mark.skipif(not all(map(find_spec, ('mlxtend', 'mnist1d', 'plotnine'))), reason="needs the extra dev")
@@ -107,3 +108,33 @@ def test_effects_are_paired_on_new_seeds_and_diverged_runs_count_as_the_worst(st
     d = stats.finals(dead)
     assert d.loc[d.diverged, 'test'].item() == f.test[~dead.diverged].max()
     assert stats.effects(d).loc['t', 'diff'] > 100*np.log(.9) + 1
+
+run_cols = ['opt', 'lr', 'mom', 'wd', 'seed']
+plan = dict(landscape=(8, 30, 2, 0), short=(2, 32, 2, 30), middle=(8, 32, 2, 30), long=(32, 16, 1, 10)) # epochs, points, seeds, new seeds
+
+@pytest.mark.parametrize('folder', plan)
+def test_the_stored_results_are_those_of_the_protocol(stats, folder):
+    "Both optimizers tried the same points with the same seeds, on every task; one point each was trained on the new seeds"
+    epochs, points, tried, new = plan[folder]
+    for task in [o.name for o in (evidence/folder).iterdir()]:
+        cmp = Comparison.load(evidence/folder/task)
+        df = cmp.results
+        assert cmp.settings['task'] == task and cmp.settings['epochs'] == epochs == df.epoch.max() and cmp.lower_is_better
+        assert not df.duplicated([*run_cols, 'epoch']).any()
+        df = df[df.epoch == epochs]
+        tries = {o: set(df[(df.opt == o) & (df.seed < 100)][run_cols[1:]].itertuples(index=False, name=None)) for o in (stats.adam, stats.nadam)}
+        assert tries[stats.adam] == tries[stats.nadam] and len(tries[stats.adam]) == points*tried
+        for o in tries:
+            fresh = df[(df.opt == o) & (df.seed >= 100)]
+            assert fresh.seed.tolist() == list(range(100, 100 + new))
+            assert new == 0 or fresh[stats.point].drop_duplicates().values.tolist() == [stats.winners(stats.finals(df)).loc[(task, o), stats.point].tolist()]
+        ok = df[~df.diverged]
+        assert np.isfinite(ok[['train_loss', 'valid_loss', 'test_loss']]).all().all()
+
+def test_the_first_screen_is_computed_from_the_stored_results(monkeypatch):
+    monkeypatch.syspath_prepend(evidence)
+    summary = module('summary')
+    text = summary.in_short()
+    e = summary.effects(summary.finals(summary.load('middle')))
+    assert f"{(e['diff'] < 0).sum()} of {len(e)}" in text and summary.percent(summary.pool(e)) in text
+    assert (' **is** ' in text) == (sum(summary.favours(summary.at5[k]) and summary.favours(summary.end[k]) for k in summary.ends) >= 2)

@@ -19,11 +19,11 @@ def load(
 
 def finals(
     df:pd.DataFrame # From `load`
-) -> pd.DataFrame: # One row per run, with `tune` and `test`: logarithms of the losses
+) -> pd.DataFrame: # One row per run, with `tune`, the loss that chooses, and `test`, the logarithm of the one that judges
     "The end of each run. One that diverged has the worst outcome of its task"
     df = df[df.epoch == df.groupby('task').epoch.transform('max')].copy()
-    for k,loss in dict(tune='valid_loss', test='test_loss').items():
-        val = np.log(df[loss].where(~df.diverged))
+    for k,val in dict(tune=df.valid_loss, test=np.log(df.test_loss)).items():
+        val = val.where(~df.diverged)
         df[k] = val.fillna(val.groupby(df.task).transform('max'))
     return df
 
