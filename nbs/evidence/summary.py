@@ -36,11 +36,13 @@ def plus_minus(r): return f'{num(r["diff"])} ± {1.96*r.se:.1f}'
 
 def in_short():
     "The first screen"
-    pooled = '\n'.join(f'| {k} | {percent(at5[k])} | {percent(end[k])} | {end[k].better:.0f} of {end[k].k:.0f} | {"yes" if k in met else "no"} |' for k in ends)
+    better = {k: f'{p.better:.0f} of {p.k:.0f}' for k,p in end.items()}
+    pooled = '\n'.join(f'| {k} | {percent(at5[k])} | {percent(end[k])} | {better[k]} | {"yes" if k in met else "no"} |' for k in ends)
     within = ', '.join(k for k in ends if -1 < equal[k].low and equal[k].high < 1)
     ranges = ', '.join(f'{k} {num(equal[k].low)} to {num(equal[k].high)}' for k in ends)
     new = ', '.join(f'`{t}` {plus_minus(r)} %' for t,r in effects(held, default_nadam, default).iterrows())
-    verdict = f"NAdam's test loss is the lower one on {' and on '.join(f'{p.better:.0f} of {p.k:.0f} tasks in {k} runs' for k,p in end.items())}, but the tasks differ so much in how much lower that the mean over tasks is not known well."
+    verdict = ("NAdam's test loss is the lower one on " + ', on '.join(f'{n} tasks in {k} runs' for k,n in better.items()) +
+        ", but the tasks differ so much in how much lower that the mean over tasks is not known well.")
     return f"""
 **What Nesterov is worth.** Eight small tasks; learning rate, momentum and weight decay tuned for both; test data that chose nothing. This is NAdam's test loss compared with that of *exact Adam*, the same code without looking ahead. Pooled over tasks, with 95 % intervals; negative is better:
 
