@@ -6,7 +6,7 @@ from .insight import *
 from .data import *
 from .checkpoint import *
 from .train import *
-from .tasks import find_task
-from .results import Comparison, confidence_interval
-from .compare import compare_opts, search_opts
+from .tasks import *
+from .results import *
+from .compare import *
 from .bench import bench_step

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
-from operator import itemgetter
+from operator import eq
 
 import numpy as np, torch
 from torch import Tensor, nn
@@ -202,18 +202,22 @@ class _Batch:
         "Do the states still have the numbers that the last step left?"
         if not self.impl: return True
         if not self.new: return False
-        try: vals = list(map(itemgetter(*self.new), [states[j] for j in self.idxs]))
+        ss = [states[j] for j in self.idxs]
+        try: return all([s[k] for s in ss].count(v) == len(ss) for k,v in self.new.items())
         except KeyError: return False
-        return vals.count(tuple(self.new.values())) == len(vals)
 
 @patch
 def _key(self:NAdamOptimizer, groups, ps, gs, states):
     "All that batches depend on, besides the numbers in the states; None if a tensor is missing or not plain"
-    try:
-        ts = [*ps, *gs, *(s[k] for k in _avgs for s in states)]
-        if not {*map(type, ts)} <= {*_plain}: return
-        return [self.foreach, self.fused, groups, [s.get('do_wd') for s in states], *(list(map(f, ts)) for f in _look)]
-    except (KeyError, RuntimeError): return # no averages yet; a sparse tensor has no address
+    try: ts = [*ps, *gs, *(s[k] for k in _avgs for s in states)]
+    except KeyError: return # no averages yet
+    if not {*map(type, ts)} <= {*_plain}: return
+    return [self.foreach, self.fused, groups, [s.get('do_wd') for s in states], len(ts)], ts
+
+def _same(looks, ts):
+    "Do tensors look as they did? One by one: 80,000 sizes and strides, all kept until the end, call the garbage collector"
+    try: return all(all(map(eq, map(f, ts), old)) for f,old in zip(_look, looks))
+    except RuntimeError: return False # a sparse tensor has no address
 
 # %% ../nbs/03_optimizer.ipynb #20sf
 def _local(t): return t.to_local() if hasattr(t, 'to_local') else t
@@ -254,12 +258,12 @@ def _sort(self:NAdamOptimizer, groups, ps, gs, states):
 @patch
 def _batches(self:NAdamOptimizer, *todo):
     "Groups, parameters, gradients and states in batches: those of the last step, if they are still right"
-    if self._last:
-        key, batches = self._last
-        if key == self._key(*todo) and all(b.in_step(todo[-1]) for b in batches): return batches
+    if self._last and (new := self._key(*todo)):
+        key, batches, looks = self._last
+        if new[0] == key and _same(looks, new[1]) and all(b.in_step(todo[-1]) for b in batches): return batches
     batches = self._sort(*todo)
-    key = self._key(*todo) # again, as averages may have been started
-    self._last = key and (key, batches)
+    new = self._key(*todo) # again, as averages may have been started
+    self._last = new and (new[0], batches, [list(map(f, new[1])) for f in _look])
     return batches
 
 # %% ../nbs/03_optimizer.ipynb #30se
@@ -269,11 +273,11 @@ def step(self:NAdamOptimizer, closure=None):
     "Step every parameter that has a gradient and is not frozen; nothing has changed if this raises a `ValueError`"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
     hypers = [{k: check_hyper(k, v) for k,v in h.items()} for h in self.hypers]
-    todo = [(i, p, g) for i,pg in enumerate(self.param_lists) for p in pg
-        if (g := p.grad) is not None and (p.requires_grad or not isinstance(p, nn.Parameter))]
-    if not todo: return
-    groups, ps, gs = map(list, zip(*todo))
-    states = [self.state[p] for p in ps]
+    def moves(p): return p.grad is not None and (p.requires_grad or not isinstance(p, nn.Parameter))
+    in_groups = [list(filter(moves, pg)) for pg in self.param_lists]
+    groups, ps = [i for i,pg in enumerate(in_groups) for _ in pg], sum(in_groups, [])
+    if not ps: return
+    gs, states = [p.grad for p in ps], [self.state[p] for p in ps]
     for b in self._batches(groups, ps, gs, states): self._step_batch(b, hypers[b.group], ps, gs, states)
 
 # %% ../nbs/03_optimizer.ipynb #31se
@@ -284,6 +288,12 @@ def _step_one(self:NAdamOptimizer, p, state, hyper):
     new = {**state, **{k: v.to(torch.promote_types(v.dtype, torch.float32)) for k,v in avgs.items()}}
     for cb in self.cbs: new.update(cb(p, **{**new, **hyper}) or {})
     state.update(new, **{k: v.copy_(new[k]) for k,v in avgs.items()})
+
+def _increment_versions(ps):
+    "Some kernels write behind autograd's back"
+    try: increment_version(ps)
+    except (RuntimeError, TypeError): # an older PyTorch takes one at a time
+        for p in ps: increment_version(p)
 
 @patch
 def _step_batch(self:NAdamOptimizer, batch, hyper, ps, gs, states):
@@ -296,7 +306,7 @@ def _step_batch(self:NAdamOptimizer, batch, hyper, ps, gs, states):
     a, b, new = self.rule(**{**first, **hyper, 'step': step})
     new.update(step=step, sqr_mom_prod=running_prod(hyper['sqr_mom'], step, first.get('sqr_mom_prod')))
     wd = hyper['wd'] if first.get('do_wd', True) else 0.
-    for j in batch.idxs: increment_version(ps[j]) # some kernels write behind autograd's back
+    _increment_versions([ps[j] for j in batch.idxs])
     blocks = self._blocks(batch, ps, gs, states)
     wd, l2 = (wd, 0.) if self.decouple_wd else (0., wd)
     hypers = [hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')]

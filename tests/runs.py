@@ -1,5 +1,5 @@
 "What the tests of nadam-train share: a folder of a few images, tiny options, commands, and runs that are stopped"
-import re, signal, subprocess, sys
+import signal, subprocess, sys
 from functools import partial
 
 import pandas as pd, pytest, torch
@@ -29,8 +29,9 @@ def argv(*flags, **kw): return [*flags, *(f'--{k}={v}' for k,v in kw.items())]
 
 def start(args, cwd, **kw):
     "`nadam-train` in a process of its own"
-    return subprocess.Popen([sys.executable, '-m', 'fastai_nadam.train', *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=kw.get('before', partial(signal.signal, signal.SIGINT, signal.SIG_DFL))) # a shell's `&` has it ignored
+    before = kw.get('before', partial(signal.signal, signal.SIGINT, signal.SIG_DFL)) # a shell's `&` has it ignored
+    return subprocess.Popen([sys.executable, '-m', 'fastai_nadam.train', *map(str, args)], cwd=cwd, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before)
 
 def refused(capsys, args):
     "Run `main`, which must exit with 2 and one line"

@@ -19,7 +19,8 @@ def whole(tiny, tmp_path_factory):
 
 # What is stopped
 
-stops = pytest.mark.parametrize('error,code', [(KeyboardInterrupt(), 130), (OSError('no space left on device'), 2), (BrokenPipeError(32, 'Broken pipe'), 141)])
+stops = pytest.mark.parametrize('error,code', [(KeyboardInterrupt(), 130), (OSError('no space left on device'), 2),
+    (BrokenPipeError(32, 'Broken pipe'), 141)])
 
 @stops
 def test_stopped_before_the_first_checkpoint(error, code, tiny, tmp_path, capfd, stop):
@@ -97,7 +98,8 @@ def resumed_elsewhere(path):
 
 def wrote_notes(path): (path/'notes.txt').write_text('of the user')
 
-@pytest.mark.parametrize('event,left', [(resumed_elsewhere, ['args.json', 'history.csv', 'history.png', 'model.pth']), (wrote_notes, ['notes.txt'])])
+@pytest.mark.parametrize('event,left', [(wrote_notes, ['notes.txt']),
+    (resumed_elsewhere, ['args.json', 'history.csv', 'history.png', 'model.pth'])])
 def test_a_run_deletes_only_what_it_wrote(event, left, tmp_path):
     with pytest.raises(KeyboardInterrupt), run_folder('a/out') as path:
         (path/'args.json').write_text('{}')
@@ -127,7 +129,8 @@ def test_a_full_disk(tiny, whole, tmp_path):
     "The first checkpoint has no state of the optimizer and fits; the second does not"
     resource = pytest.importorskip('resource')
     size = (whole/'model.pth').stat().st_size
-    p = start(argv(**tiny, seed=7, out='out'), tmp_path, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size*2//3, size*2//3)))
+    def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (size*2//3, size*2//3))
+    p = start(argv(**tiny, seed=7, out='out'), tmp_path, before=limit)
     out, err = p.communicate(timeout=120)
     assert p.returncode == 2 and err.splitlines()[-1].startswith("nadam-train: cannot write '") and err.endswith("out/checkpoint.pth': File too large\n")
     assert 'Traceback' not in err and out.endswith('nadam-train --resume out\n')
@@ -183,16 +186,17 @@ def test_channels_last(opt, tiny, tmp_path, stop):
 
 def test_in_any_learner(tmp_path):
     "Without classes, with a loss alone"
+    from runs import Stop
     from fastai.vision.all import DataLoader, DataLoaders, MSELossFlat, nn, set_seed, tensor
     def fit(cbs, stop=False):
         set_seed(3)
-        dls = DataLoaders(*(DataLoader([(tensor([i/8]), tensor([i*.3])) for i in range(8)], bs=4, shuffle=True) for _ in range(2)))
+        items = [(tensor([i/8]), tensor([i*.3])) for i in range(8)]
+        dls = DataLoaders(*(DataLoader(items, bs=4, shuffle=True) for _ in range(2)))
         learn = Learner(dls, nn.Linear(1, 1), loss_func=MSELossFlat(), lr=0.1)
         with learn.no_bar(), learn.no_logging():
             if stop: learn.add_cb(Stop(KeyboardInterrupt(), 2))
             learn.fit_one_cycle(4, cbs=cbs)
         return learn
-    from runs import Stop
     whole = fit(None)
     with pytest.raises(KeyboardInterrupt): fit(Checkpoint(tmp_path/'c.pth'), stop=True)
     resumed = fit(Checkpoint(tmp_path/'c.pth', resume=True))
@@ -217,12 +221,14 @@ def other_args(file, **changed):
 
 @pytest.mark.parametrize('damage,message', [
     (lambda f: f.write_bytes(f.read_bytes()[:random.randrange(f.stat().st_size)]), 'is damaged, or no checkpoint'),
-    (lambda f: f.write_bytes(b''), 'is damaged, or no checkpoint'), (lambda f: torch.save({'model': {}}, f), 'is damaged, or no checkpoint'),
+    (lambda f: f.write_bytes(b''), 'is damaged, or no checkpoint'),
+    (lambda f: torch.save({'model': {}}, f), 'is damaged, or no checkpoint'),
     (lambda f: torch.save([1], f), 'is damaged, or no checkpoint'), (lambda f: torch.save(Evil(), f), 'is damaged, or no checkpoint'),
-    (lambda f: rewrite(f, format=0), 'its format is 0'), (lambda f: rewrite(f, rng=[{}]), 'does not fit'), (lambda f: rewrite(f, model={}), 'does not fit'),
+    (lambda f: rewrite(f, format=0), 'its format is 0'), (lambda f: rewrite(f, rng=[{}]), 'does not fit'),
     (lambda f: rewrite(f, rng=[{}]*3), 'trained by 3 processes, now 1: start torchrun --nproc_per_node 3 -m fastai_nadam.train'),
     (lambda f: rewrite(f, opt={'hypers': [], 'state': []}), 'does not fit'), (lambda f: rewrite(f, losses=3), 'does not fit'),
-    (lambda f: rewrite(f, data=[9, 9, 'a', 'b']), 'the data has changed: 16 training and 8 validation items in 2 classes, it was 9 training'),
+    (lambda f: rewrite(f, model={}), 'does not fit'),
+    (lambda f: rewrite(f, data=[9, 9, 'a', 'b']), 'the data has changed: 16 training and 8 validation items in 2 classes, it was 9'),
     (partial(other_args, arch='squeezenet1_0'), 'does not fit'), (partial(other_args, depth=3), 'no such option: depth'),
     (lambda f: f.with_name('args.json').write_text('{'), 'is no args.json of a run'), (lambda f: f.with_name('args.json').unlink(), 'args: no such file')])
 def test_resume_refused(damage, message, stopped, capsys, monkeypatch):
@@ -233,9 +239,12 @@ def test_resume_refused(damage, message, stopped, capsys, monkeypatch):
     assert message in refused(capsys, ['--resume', 'stopped'])
     assert {f: f.read_bytes() for f in stopped.iterdir()} == before and not Path('evil').exists()
 
-@pytest.mark.parametrize('args,message', [('--resume nowhere', "args: no such file: 'nowhere/args.json'"), ('--resume {run}', 'holds a run that is finished'),
-    ('--resume {run} --epochs 9', 'give resume alone, without epochs'), ('--resume {run} --out other', 'give resume alone, without out'),
-    ('--resume {run} --args a.json', 'give resume alone, without args'), ('--resume {run} --find_lr', 'give resume alone, without find_lr')])
+@pytest.mark.parametrize('args,message', [
+    ('--resume nowhere', "args: no such file: 'nowhere/args.json'"), ('--resume {run}', 'holds a run that is finished'),
+    ('--resume {run} --epochs 9', 'give resume alone, without epochs'),
+    ('--resume {run} --out other', 'give resume alone, without out'),
+    ('--resume {run} --args a.json', 'give resume alone, without args'),
+    ('--resume {run} --find_lr', 'give resume alone, without find_lr')])
 def test_resume_of_nothing(args, message, whole, tmp_path, capsys):
     before = {f: f.read_bytes() for f in whole.iterdir()}
     assert message in refused(capsys, args.format(run=whole).split())

@@ -25,10 +25,12 @@ def test_options_are_named_as_the_arguments(capsys):
     assert command.given == dict(num_workers=4, lr=1e-3, fp16=True, data='digits')
     assert code(['--help']) == 0
     text = ' '.join(capsys.readouterr().out.split())
-    for o in ('--num_workers NUM_WORKERS How many, 100 % of them (default: 3)', '--lr LR How fast (default: fast)', '--fp16 In half precision --data'):
+    for o in ('--num_workers NUM_WORKERS How many, 100 % of them (default: 3)', '--lr LR How fast (default: fast)',
+            '--fp16 In half precision --data'):
         assert o in text
 
-@pytest.mark.parametrize('argv,message', [('--lr=much', "do-it: argument --lr: invalid float value: 'much'\n"), ('--num_worker 3', 'unrecognized arguments: --num_worker 3; did you mean --num_workers?\n'),
+@pytest.mark.parametrize('argv,message', [('--lr=much', "do-it: argument --lr: invalid float value: 'much'\n"),
+    ('--num_worker 3', 'unrecognized arguments: --num_worker 3; did you mean --num_workers?\n'),
     ('--fp16=no', "do-it: argument --fp16: ignored explicit argument 'no'\n"), ('digits', 'do-it: unrecognized arguments: digits\n')])
 def test_a_mistake_is_one_line(argv, message, capsys):
     assert code(argv.split()) == 2
@@ -48,8 +50,11 @@ def raises(error):
     def f(): raise error
     return f
 
-@pytest.mark.parametrize('func,rc,message', [(raises(ValueError('lr must\n  be  positive')), 2, 'x: lr must be positive\n'), (raises(OSError(28, 'No space left on device', 'a/b')), 2, "No space left on device: 'a/b'"),
-    (raises(KeyboardInterrupt()), 130, 'x: interrupted\n'), (no_memory, 2, 'x: MemoryError\n'), (in_a_callback, 2, 'x: no such thing\n'), (too_much, 2, "x: can't allocate memory: you tried to allocate")])
+@pytest.mark.parametrize('func,rc,message', [
+    (raises(ValueError('lr must\n  be  positive')), 2, 'x: lr must be positive\n'),
+    (raises(OSError(28, 'No space left on device', 'a/b')), 2, "No space left on device: 'a/b'"),
+    (raises(KeyboardInterrupt()), 130, 'x: interrupted\n'), (no_memory, 2, 'x: MemoryError\n'), (in_a_callback, 2, 'x: no such thing\n'),
+    (too_much, 2, "x: can't allocate memory: you tried to allocate")])
 def test_errors_of_the_function(func, rc, message, capsys, monkeypatch):
     assert cli(func, 'x', []) == rc
     err = capsys.readouterr().err
@@ -111,7 +116,8 @@ def test_versions(capsys, monkeypatch):
 
 # The lock
 
-hold = "import sys, time; from fastai_nadam.cli import lock_folder\nwith lock_folder(sys.argv[1]): print('locked', flush=True); time.sleep(60)"
+hold = """import sys, time; from fastai_nadam.cli import lock_folder
+with lock_folder(sys.argv[1]): print('locked', flush=True); time.sleep(60)"""
 
 def other(path):
     p = subprocess.Popen([sys.executable, '-c', hold, path], stdout=subprocess.PIPE, text=True)

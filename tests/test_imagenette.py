@@ -27,9 +27,12 @@ def test_cells_run(tmp_path, monkeypatch):
     for split,n in dict(train=2, val=1).items():
         for c in classes:
             (tmp_path/'data'/split/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(np.random.randint(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path/'data'/split/c/f'{i}.png')
-    for a,b in {'untar_data(URLs.IMAGENETTE_320)': f"Path({str(tmp_path/'data')!r})", 'bs=64': 'bs=4', '(224': '(32', 'fit_one_cycle(10': 'fit_one_cycle(2',
-            'xresnet34(': 'xresnet18(', 'lr_find()': 'lr_find(num_it=20)'}.items():
+            for i in range(n):
+                img = Image.fromarray(np.random.randint(0, 256, (40, 50, 3), dtype=np.uint8))
+                img.save(tmp_path/'data'/split/c/f'{i}.png')
+    smaller = {'untar_data(URLs.IMAGENETTE_320)': f"Path({str(tmp_path/'data')!r})", 'bs=64': 'bs=4', '(224': '(32',
+        'fit_one_cycle(10': 'fit_one_cycle(2', 'xresnet34(': 'xresnet18(', 'lr_find()': 'lr_find(num_it=20)'}
+    for a,b in smaller.items():
         assert a in code
         code = code.replace(a, b)
     monkeypatch.chdir(tmp_path)
@@ -53,7 +56,9 @@ def test_the_page_has_the_address_of_pyproject():
 
 def test_a_badge_appears_with_an_address(tmp_path):
     toml = (root/'pyproject.toml').read_text(encoding='utf-8')
-    (tmp_path/'pyproject.toml').write_text(re.sub(r'^Repository = .*\n', '', toml, flags=re.M).replace('[project.urls]\n', '[project.urls]\nRepository = "https://github.com/someone/fastai_nadam/"\n'))
+    repo = 'Repository = "https://github.com/someone/fastai_nadam/"\n'
+    toml = re.sub(r'^Repository = .*\n', '', toml, flags=re.M).replace('[project.urls]\n', f'[project.urls]\n{repo}')
+    (tmp_path/'pyproject.toml').write_text(toml)
     url = tools['address'](tmp_path/'pyproject.toml')
     before = json.loads(page.read_text(encoding='utf-8'))
     after = tools['colab'](before, url)

@@ -1,0 +1,288 @@
+"Statistics of comparisons, on results whose answer is known: about as often right as they say, and right with runs that diverge, are missing or tie"
+import itertools, math, random
+
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
+from scipy import stats
+
+from fastai_nadam import results as r
+from fastai_nadam.results import Comparison, confidence_interval, corrected, find_direction, holm
+
+def invent(gains, rng, seeds=10, worse={1e-3: .05, 1e-2: 0, 1e-1: .03}, shared=.02, own=.002, epochs=1, sign=1, base=.6):
+    "Results of optimizers that are `gains` better than `base`; sign -1: less is better"
+    rows = []
+    for seed in range(seeds):
+        luck = shared*rng.normal()
+        for (opt,gain),(lr,w) in itertools.product(gains.items(), worse.items()):
+            end = base + sign*(gain - w) + luck + own*rng.normal()
+            rows += [dict(opt=opt, lr=lr, seed=seed, epoch=e, metric=end - sign*0.05*(epochs-e), seconds=float(e), diverged=False)
+                     for e in range(1, epochs+1)]
+    return pd.DataFrame(rows)
+
+@pytest.fixture
+def rng(): return np.random.default_rng(random.randrange(2**32))
+
+def kill(df, **which):
+    "The runs diverge"
+    mask = np.logical_and.reduce([df[k].isin(v if isinstance(v, (list, range)) else [v]) for k,v in which.items()])
+    df.loc[mask, ['metric', 'diverged']] = np.nan, True
+    return df
+
+# The direction is known or given
+
+@pytest.mark.parametrize('name', 'RMSE msle exp_rmspe _exp_rmspe LogLoss nll mape wer BCE Perplexity valid_loss error_rate mse mae brier_score_loss hamming_loss'.split())
+def test_less_is_better(name, rng):
+    "With the guess of old, the worst learning rate was chosen and the verdict reversed"
+    c = Comparison(invent(dict(NAdam=.01, Adam=0), rng, sign=-1), name)
+    assert c.lower_is_better and c.best('NAdam')[0] == 1e-2 and c.verdict().startswith('NAdam is better than Adam by ')
+
+@pytest.mark.parametrize('name', 'accuracy f1_score roc_auc_score R2Score dice pearsonr top_k_accuracy'.split())
+def test_more_is_better(name, rng):
+    c = Comparison(invent(dict(NAdam=.01, Adam=0), rng), name)
+    assert not c.lower_is_better and c.best('NAdam')[0] == 1e-2 and c.verdict().startswith('NAdam is better than Adam by ')
+
+def test_every_metric_of_fastai_has_a_direction():
+    import fastai.metrics as m
+    from fastai.learner import AvgMetric, Metric
+    for k in {*m.__all__} - {'skm_to_fastai', 'optim_metric', 'LossMetric', 'LossMetrics', 'AccumMetric'}:
+        f = getattr(m, k)
+        f = f(*[1]*(k in ('FBeta', 'FBetaMulti'))) if k[0].isupper() else f
+        find_direction((f if isinstance(f, Metric) else AvgMetric(f)).name)
+
+@pytest.mark.parametrize('name', ['my_metric', 'lossless', 'aloss', 'mean_error', ''])
+def test_a_metric_that_is_not_known_is_no_guess(name, rng):
+    df = invent(dict(NAdam=.01, Adam=0), rng)
+    with pytest.raises(ValueError, match='lower_is_better must be given'): Comparison(df, name)
+    assert ' is better than ' in Comparison(df, name, lower_is_better=False).verdict()
+    assert ' is worse than ' in Comparison(df, name, lower_is_better=True).verdict()
+
+def test_both_directions_are_mirrored(rng):
+    df = invent(dict(NAdam=.01, Adam=0, ranger=-.02), rng, epochs=3)
+    up = Comparison(df, 'f1_score', margin=.01)
+    down = Comparison(df.assign(metric=-df.metric), 'loss', margin=.01)
+    a, b = up.summary(), down.summary()
+    assert np.allclose(a['diff'], -b['diff'], equal_nan=True) and a.lr.equals(b.lr) and np.allclose(a.p, b.p, equal_nan=True)
+    assert np.allclose(a.epochs_to_target, b.epochs_to_target) and np.allclose(a.diff_interval, b.diff_interval, equal_nan=True)
+
+# How often it is right
+
+curves = dict(flat=[0]*6, peaked=[.05, .02, 0, .02, .05, .1], two=[.05, 0, .02, .0005, .05, .1], near=[.01, .003, 0, .002, .012, .03], one=[0])
+
+@pytest.mark.parametrize('pair', ['flat flat', 'peaked peaked', 'two two', 'near near', 'flat one', 'flat peaked'])
+@pytest.mark.parametrize('n', [10, 20])
+def test_equal_optimizers_are_declared_different_at_about_the_nominal_rate(pair, n, rng):
+    "Also where one has many points to choose from, of which the luckiest is chosen, and the other has one"
+    found, runs = 0, 250
+    for _ in range(runs):
+        draws = rng.multinomial(n, [1/n]*n, 500)/n
+        luck = .01*rng.normal(size=(n, 1))
+        tables = [luck - np.array(curves[k]) + .005*rng.normal(size=(n, len(curves[k]))) for k in pair.split()]
+        (a, b, x), (a2, b2, x2) = (corrected(t, t, draws) for t in tables)
+        found += abs(a-a2) > confidence_interval(x-x2, b-b2)[1]
+    assert stats.binomtest(found, runs, 0.08, alternative='greater').pvalue > 1e-4, f'{found} of {runs}'
+
+def test_the_whole_way_has_the_rate_too(rng):
+    "And several comparisons show something as seldom as one, after Holm's correction"
+    found, runs = 0, 20
+    for _ in range(runs):
+        c = Comparison(invent(dict(A=0, B=0, C=0, D=0, Adam=0), rng, own=.005), 'valid_loss', target=0)
+        found += 'better than' in c.verdict() or 'worse than' in c.verdict()
+    assert stats.binomtest(found, runs, 0.08, alternative='greater').pvalue > 1e-3, f'{found} of {runs}'
+    assert "Holm's correction for 4 comparisons" in c.verdict()
+
+def test_a_difference_of_known_size_is_found_and_its_interval_covers_it(rng):
+    n, found, covered = 40, 0, 0
+    for _ in range(n):
+        c = Comparison(invent(dict(NAdam=.006, Adam=0), rng, sign=-1, own=.003), 'loss')
+        d, half, seeds = c.difference('NAdam', 'Adam')
+        found += d + half < 0
+        covered += abs(d + .006) < half
+    assert found > .9*n and seeds == 10 and stats.binomtest(covered, n, .95).pvalue > 1e-4, f'{covered} of {n}'
+
+def test_choosing_from_many_points_is_no_merit(rng):
+    "The mean of the luckiest of 30 equal points is above that of one; most of that is taken off"
+    n, raw, est = 20, [], []
+    for _ in range(n):
+        df = invent(dict(many=0), rng, worse={k: 0 for k in np.linspace(1, 2, 30)}, shared=0, own=.05)
+        df = pd.concat([df, invent(dict(Adam=0), rng, worse={1.: 0}, shared=0, own=.05)])
+        c = Comparison(df, 'f1_score')
+        est.append(c.difference('many', 'Adam')[0])
+        raw.append(df.groupby(['opt', 'lr']).metric.mean().groupby('opt').max().diff().iloc[-1])
+    assert np.mean(raw) > .02 and abs(np.mean(est)) < .65*np.mean(raw)
+
+def test_pairing_removes_what_seeds_do_to_both(rng):
+    s = Comparison(invent(dict(NAdam=.006, Adam=0), rng, shared=.1), 'loss').summary().loc['NAdam']
+    assert s.diff_interval < s.interval/5
+
+def test_with_one_point_it_is_students(rng):
+    df = invent(dict(NAdam=.01, Adam=0), rng, worse={.1: 0}, seeds=8, own=.02)
+    wide = df.pivot(index='seed', columns='opt', values='metric')
+    test, c = stats.ttest_rel(wide.NAdam, wide.Adam), Comparison(df, 'f1_score')
+    d, half, n = c.difference('NAdam', 'Adam')
+    lo, hi = test.confidence_interval()
+    assert math.isclose(d, (lo+hi)/2, rel_tol=1e-9) and math.isclose(half, (hi-lo)/2, rel_tol=.05) and n == 8
+    assert np.allclose(confidence_interval(wide.NAdam - wide.Adam)[:2], ((lo+hi)/2, (hi-lo)/2))
+
+def test_holm():
+    assert np.allclose(holm([.01, .04, np.nan, .03]), [.03, .06, np.nan, .06], equal_nan=True)
+    assert np.allclose(holm([.5, .4]), [.8, .8]) and np.isnan(holm([np.nan])).all()
+
+# Equal is a result too
+
+def test_equality_within_a_margin_is_concluded(rng):
+    df = invent(dict(NAdam=0, Adam=0), rng, seeds=20)
+    for lr in df.lr.unique(): # differ from seed to seed, but not on average
+        noise = .002*rng.normal(size=20)
+        df.loc[(df.opt == 'NAdam') & (df.lr == lr), 'metric'] = df[(df.opt == 'Adam') & (df.lr == lr)].metric.to_numpy() + noise - noise.mean()
+    assert Comparison(df, 'accuracy').verdict().startswith('equal to Adam within 1 point: NAdam (')
+    v = Comparison(df, 'accuracy', margin=2e-4).verdict()
+    assert v.startswith('no difference shown between Adam and NAdam (') and '0.02 points not excluded' in v
+
+def test_false_equality_is_rare(rng):
+    found, n = 0, 400
+    for _ in range(n): found += r.p_values(*confidence_interval(.01 + .006*rng.normal(size=10)), .01)[1] < .05
+    assert stats.binomtest(found, n, .05).pvalue > 1e-4, f'{found} of {n}'
+
+# Runs that diverged
+
+def test_an_optimizer_that_dies_is_not_better(rng):
+    "Ten of fourteen seeds die, the hard ones; the rest is better than Adam"
+    df = kill(invent(dict(NAdam=.02, Adam=0), rng, seeds=14, worse={1e-2: 0}, sign=-1), opt='NAdam', seed=range(10))
+    c = Comparison(df, 'valid_loss', chance=2.3)
+    s = c.summary().loc['NAdam']
+    assert 'NAdam is worse than Adam' in c.verdict() and (s.diverged, s.runs) == (10, 14)
+    assert np.allclose([s.diverged_low, s.diverged_high], stats.binomtest(10, 14).proportion_ci(method='wilson'))
+    assert f'10 of 14 of NAdam ({s.diverged_low:.0%} to {s.diverged_high:.0%})' in c.verdict()
+    assert math.isclose(s.value, (10*2.3 + df[(df.opt == 'NAdam') & (df.seed >= 10)].metric.sum())/14)
+    worst = Comparison(df, 'valid_loss')
+    assert math.isclose(worst.runs[worst.runs.diverged].choose.max(), df.metric.max()) # where chance is not known
+
+def test_one_death_is_better_than_chance(rng):
+    "A learning rate with one death in six is not worse by rule than a stable one at chance"
+    df = kill(invent(dict(NAdam=0, Adam=0), rng, seeds=6, worse={1e-4: 1.6, 1e-1: 0}, sign=-1), lr=1e-1, seed=3)
+    assert Comparison(df, 'valid_loss', chance=2.3).best('NAdam')[0] == 1e-1
+
+def test_an_end_worse_than_chance_counts_as_chance(rng):
+    df = invent(dict(NAdam=0, Adam=0), rng, worse={1e-2: 0}, sign=-1)
+    df.loc[(df.opt == 'NAdam') & (df.seed == 0), 'metric'] = 1e30
+    df.loc[(df.opt == 'NAdam') & (df.seed == 1), 'metric'] = np.inf
+    c = Comparison(df, 'valid_loss', chance=2.3)
+    assert c.runs.choose.max() == 2.3 and (c.runs.choose == 2.3).sum() == 2 and not c.runs.diverged.any()
+
+@pytest.mark.parametrize('chance', [None, 2.3])
+@pytest.mark.parametrize('dead', [['NAdam'], ['Adam'], ['NAdam', 'Adam']])
+def test_all_diverged(dead, chance, rng):
+    c = Comparison(kill(invent(dict(NAdam=0, Adam=0), rng, sign=-1, seeds=6), opt=dead), 'valid_loss', chance=chance)
+    v, s = c.verdict(), c.summary()
+    if len(dead) == 2: assert 'no comparison of Adam with NAdam' in v
+    elif chance: assert f"NAdam is {'worse' if dead == ['NAdam'] else 'better'} than Adam" in v
+    assert (s.diverged[dead] == s.runs[dead]).all() and (s.runs[dead] > 0).all() and 'Diverged' in v
+    c.table(), c.plot()
+    plt.close('all')
+
+# Runs that are missing, or whose metric is not defined
+
+def test_missing_is_not_diverged(rng):
+    "A comparison that was interrupted in its fifth seed"
+    df = invent(dict(NAdam=.01, Adam=0), rng, seeds=10)
+    df = df[(df.seed < 4) | (df.seed == 4) & (df.lr < 1e-1)]
+    s = Comparison(df, 'f1_score').summary()
+    assert s.seeds.tolist() == [4, 4] and s.diverged.tolist() == [0, 0] and s.lr.tolist() == [1e-2]*2
+    whole = Comparison(df[df.seed < 4], 'f1_score').summary()
+    assert np.allclose(s['diff'], whole['diff'], equal_nan=True)
+
+def test_points_that_most_seeds_lack_do_not_cost_the_others(rng):
+    df = invent(dict(NAdam=.01, Adam=0), rng, seeds=10)
+    s = Comparison(df[(df.lr < 1e-1) | (df.seed < 2)], 'f1_score').summary()
+    assert s.seeds.tolist() == [10, 10] and s.lr.tolist() == [1e-2]*2
+
+def test_optimizers_with_other_seeds_are_compared_on_those_in_common(rng):
+    df = invent(dict(NAdam=.01, ranger=0, Adam=0), rng, seeds=10)
+    s = Comparison(df[(df.opt != 'ranger') | (df.seed > 5)], 'f1_score').summary()
+    assert s.seeds.to_dict() == dict(NAdam=10, ranger=4, Adam=10)
+    v = Comparison(df[(df.opt != 'ranger') | (df.seed > 5)][lambda d: (d.opt != 'Adam') | (d.seed < 5)], 'f1_score').verdict()
+    assert 'no comparison of Adam with ranger' in v
+
+def test_a_metric_that_is_not_defined_is_not_diverged(rng):
+    df = invent(dict(NAdam=.01, Adam=0), rng)
+    df.loc[(df.opt == 'NAdam') & df.seed.isin([1, 2]), 'metric'] = np.nan
+    c = Comparison(df, 'f1_score')
+    assert c.summary().diverged.sum() == 0 and c.summary().seeds['NAdam'] == 8 and 'NAdam is better than Adam' in c.verdict()
+    assert 'Runs without a defined f1_score, left out: 6' in c.verdict()
+    nothing = Comparison(df.assign(metric=np.nan), 'f1_score')
+    assert 'no comparison' in nothing.verdict() and len(nothing.table()) == 2
+
+def test_one_seed_shows_nothing(rng):
+    c = Comparison(invent(dict(NAdam=.1, Adam=0), rng, seeds=1), 'f1_score')
+    assert 'no difference shown' in c.verdict() and '1 seed,' in c.verdict()
+    c.plot()
+    plt.close('all')
+
+# Units, ties, edges, test data, searches
+
+def test_points_are_for_proportions(rng):
+    df = invent(dict(NAdam=.01, Adam=0), rng)
+    assert ' points' in Comparison(df, 'accuracy').verdict() and Comparison(df, 'accuracy').margin == .01
+    for name,scale in (('f1_score', 1), ('corpus_bleu', 100), ('accuracy', 100)):
+        c = Comparison(df.assign(metric=df.metric*scale), name)
+        assert ' points' not in c.verdict() + str(c.table()) and math.isclose(c.margin, .02*c.summary().value['Adam'])
+        assert math.isclose(c.summary()['diff']['NAdam'], .01*scale, rel_tol=.5)
+    assert Comparison(df*1, 'f1_score', margin=.5).margin == .5
+
+def test_ties_go_to_the_lower_learning_rate(rng):
+    "Also if their means differ in the last digits, as those of the same numbers in another order do"
+    df = invent(dict(NAdam=0, Adam=0), rng, seeds=9)
+    for o in ('NAdam', 'Adam'):
+        ends = rng.permutation(df[(df.opt == o) & (df.lr == 1e-2)].metric)
+        for lr in (1e-2, 1e-1): df.loc[(df.opt == o) & (df.lr == lr), 'metric'] = rng.permutation(ends)
+    c = Comparison(df.sample(frac=1), 'f1_score')
+    assert c.best('NAdam')[0] == c.best('Adam')[0] == 1e-2 and 'tie, of which the lower was taken: 0.01 and 0.1 of NAdam' in c.verdict()
+
+@pytest.mark.parametrize('best', [0, 1, 2])
+def test_a_best_at_the_edge_is_printed(best, rng):
+    lrs = [1e-3, 1e-2, 1e-1]
+    v = Comparison(invent(dict(NAdam=0, Adam=0), rng, worse={lr: .1*abs(i-best) for i,lr in enumerate(lrs)}), 'f1_score').verdict()
+    assert ('at the edge' in v) == (best != 1)
+    if best != 1: assert f"lr {lrs[best]:g} of NAdam ({'minimum' if best == 0 else 'maximum'})" in v
+
+def test_validation_chooses_and_test_data_judge(rng):
+    df = invent(dict(NAdam=.02, Adam=0), rng, sign=-1)
+    test = .5 + .3*(df.lr == 1e-2) + .001*rng.normal(size=len(df)) - .1*(df.opt == 'Adam')
+    c = Comparison(df.assign(test_metric=test), 'valid_loss')
+    assert c.best('NAdam')[0] == 1e-2 and abs(c.summary().value['NAdam'] - .8) < .01
+    assert 'NAdam is worse than Adam' in c.verdict() and 'of test data' in c.verdict()
+
+def test_only_trials_choose_and_only_fresh_seeds_judge(rng):
+    df = invent(dict(NAdam=0, Adam=0), rng, seeds=12)
+    df.loc[(df.seed < 2) & (df.lr == 1e-1), 'metric'] += 1 # lucky in the trials
+    c = Comparison(df, 'f1_score', trial_seeds=[0, 1])
+    s, fresh = c.summary(), df[(df.seed >= 2) & (df.lr == 1e-1)]
+    assert s.lr.tolist() == [1e-1]*2 and s.seeds.tolist() == [10, 10]
+    assert np.allclose(s.value, fresh.groupby('opt', sort=False).metric.mean()[s.index])
+
+def test_momenta_and_weight_decays_are_points_too(rng):
+    df = pd.concat([invent({o: g + (m == .9) * .1}, rng).assign(mom=m, wd=w) for o,g in dict(NAdam=.01, Adam=0).items() for m in (.8, .9) for w in (.1, np.nan)])
+    c = Comparison(df[df.wd.notna()], 'f1_score')
+    assert c.best('NAdam') == (1e-2, .9, .1) and list(c.table())[:3] == ['best lr', 'best mom', 'best wd']
+    assert len(Comparison(df, 'f1_score').runs.point.unique()) == 12
+
+def test_time_to_target(rng):
+    df = invent(dict(NAdam=0, Adam=0), rng, epochs=6)
+    c = Comparison(df, 'f1_score', target=.5)
+    for o in ('NAdam', 'Adam'):
+        for seed,run in df[(df.opt == o) & (df.lr == c.best(o)[0])].groupby('seed'):
+            hits = [i for i,m in enumerate(run.metric) if m >= .5]
+            assert c.time_to_target(o).loc[seed].tolist() == ([hits[0]+1, run.seconds[:hits[0]+1].sum()] if hits else [math.inf]*2)
+    assert c.summary().epochs_to_target['NAdam'] == c.time_to_target('NAdam').epochs.median()
+
+def test_baseline(rng):
+    df = invent(dict(NAdam=.01, ranger=0), rng)
+    assert Comparison(df, 'f1_score').baseline == 'ranger' and 'ranger is worse than NAdam' in Comparison(df, 'f1_score', baseline='NAdam').verdict()
+    with pytest.raises(ValueError, match="baseline must be one of NAdam, ranger, got 'SGD'"): Comparison(df, 'f1_score', baseline='SGD')
+    with pytest.raises(ValueError, match='no results yet'): Comparison(df[:0], 'f1_score')
+    assert Comparison(df[df.opt == 'NAdam'], 'f1_score').verdict().startswith('nothing to compare NAdam with')
+
+def test_stored_evidence_of_old_still_loads():
+    from pathlib import Path
+    for f in (Path(__file__).parent.parent/'nbs/evidence').glob('*/settings.json'):
+        c = Comparison.load(f.parent)
+        assert c.verdict() and len(c.table()) == len(c.opts)
