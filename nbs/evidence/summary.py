@@ -58,10 +58,10 @@ def in_short():
 |---|---|
 | tuned how? | {trials["middle"]} shared points × 2 seeds (long: {trials["long"]} × 1); the tuning data choose |
 | judged on what? | test data, 30 new seeds (long: 10), the same for both |
-| how many comparisons? | one is primary and must meet all conditions at once; the others are corrected by Holm's method |
+| how many comparisons? | one, which must meet all conditions at once; any other is corrected by Holm's method |
 | equal, then? | within ±1 % of the loss: {"shown for " + within if within else "not shown"} (90 % intervals in %: {ranges}) |
 | how much is that? | in the median over tasks as much as {doublings().iloc[:,2].median():.2f} doublings of the training (middle) |
 | what is worth more? | tuning: 5 trials in place of 1 lower exact Adam's loss by {trials_gain(5):.0f} %, 32 by {trials_gain(32):.0f} % |
 
-**The recipe.** Tune the learning rate first and the momentum second; which of the two optimizers comes after that. If you do not tune the momentum, NAdam is a good choice with the learning rate and the weight decay that you have for Adam. On three tasks that took no part in finding anything, at fastai's default momentum, its test loss differs from exact Adam's by: {new}, each at its best of 8 learning rates, which was the same one on {same_lr} of {len(new_names)}. fastai's momentum can stay. A lower one, `moms=(0.9, 0.7, 0.9)` for NAdam or `(0.8, 0.4, 0.8)` for Adam, is often better and sometimes much worse, so no rule came out of it ([below](#the-recipe-which-momentum)).
+**The recipe.** Tune the learning rate first and the momentum second; which of the two optimizers comes after that. If you do not tune the momentum, NAdam is a good choice with the learning rate and the weight decay that you have for Adam. On three tasks that took no part in finding anything, at fastai's default momentum, its test loss differs from exact Adam's by: {new}, each at its best of 8 learning rates, which was the same one on {same_lr} of {len(new_names)}. fastai's momentum can stay. A lower one, `moms=(0.9, 0.7, 0.9)` for NAdam or `(0.8, 0.4, 0.8)` for Adam, is often better and sometimes much worse, so no rule came out of it. In long runs take a lower learning rate, not a lower momentum ([below](#the-recipe-which-momentum)).
 """
