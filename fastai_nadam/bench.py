@@ -26,7 +26,7 @@ from .train import archs, digits_config, make_learner, new_model
 reference, ours = 'AdamW(fused)', ('NAdam', 'DozatNAdam')
 
 def find_peers(
-    compiled:bool=False # Also those that `torch.compile` makes? Needs a C++ compiler, and a minute or two for each network
+    compiled:bool=False # Also those that `torch.compile` makes? Needs a C++ compiler, and minutes
 ) -> dict: # Name → `opt_func`
     "The optimizers to compare: ours, fastai's, PyTorch's, and timm's and HeavyBall's if they are installed"
     def wrap(opt, **kwargs): return partial(OptimWrapper, opt=opt, **kwargs)
@@ -44,7 +44,7 @@ def find_peers(
     return peers
 
 def _compiled(opt_func, ps, **kwargs):
-    os.environ.setdefault('TORCHINDUCTOR_FORCE_DISABLE_CACHES', '1') # else a second run finds what the first has compiled
+    os.environ.setdefault('TORCHINDUCTOR_FORCE_DISABLE_CACHES', '1') # else a second run compiles nothing
     opt = opt_func(ps, **kwargs)
     opt.opt.step = torch.compile(opt.opt.step)
     return opt
@@ -161,7 +161,7 @@ def bench_step(
     opts = {k: f(ps, lr=1e-4) for k,f in (peers or find_peers()).items()}
     grads = [p.grad for p in ps]
     def refill():
-        for p,g in zip(ps, grads): p.grad = g.fill_(1e-3) # zeroed ones would let the averages shrink to denormal numbers, which are slow
+        for p,g in zip(ps, grads): p.grad = g.fill_(1e-3) # zeros would let averages shrink to denormals, which are slow
     first = {k: 5*time_call(o.step, 5, device, refill) for k,o in opts.items()}
     memory = {k: extra_memory(o.step, device) for k,o in opts.items() if refill() is None}
     part = min(numel, 50_000_000)
@@ -169,8 +169,10 @@ def bench_step(
     refill()
     times = interleave({**{k: o.step for k,o in opts.items()}, 'add': lambda: x.add_(y)}, rounds, device)
     floor = times.pop('add').median() * 7/3 * numel/part
-    both = interleave({k: lambda o=o: (o.step(), o.zero_grad()) for k,o in opts.items()}, rounds, device, refill)
-    return ratios(times).assign(step_ms=1000*times.median(), both_ms=1000*both.median(), floor=times.median()/floor,
+    def zero(k): return time_call(opts[k].zero_grad, 1, device, refill)
+    zeros = pd.DataFrame([{k: zero(k) for k in random.sample(list(opts), len(opts))} for _ in range(rounds)])
+    mid = times.median()
+    return ratios(times).assign(step_ms=1000*mid, both_ms=1000*(mid + zeros.median()), floor=mid/floor,
         extra_mib=pd.Series(memory)/2**20, first_s=pd.Series(first)).rename_axis('opt')
 
 # %% ../nbs/17_bench.ipynb #25ec
@@ -203,7 +205,8 @@ def bench_cases(
 
 def growing() -> dict: # Name → shapes
     "1 to 500 million parameters in 100 tensors, and 10 to 10,000 tensors of 100 elements"
-    return {**{f'{n} M': [(n*10_000,)]*100 for n in (1, 5, 20, 100, 500)}, **{f'{n:,} x 100': [(100,)]*n for n in (10, 100, 1000, 10_000)}}
+    return {**{f'{n} M': [(n*10_000,)]*100 for n in (1, 5, 20, 100, 500)},
+        **{f'{n:,} x 100': [(100,)]*n for n in (10, 100, 1000, 10_000)}}
 
 # %% ../nbs/17_bench.ipynb #29ec
 def plot_steps(
@@ -211,7 +214,8 @@ def plot_steps(
 ) -> plt.Figure:
     "Step times as multiples of the reference's"
     cases = list(df.case.unique())
-    fig, axs = plt.subplots(1, len(cases), figsize=(2 + 3.5*len(cases), 4), layout='constrained', sharey=True, squeeze=False)
+    size = 2 + 3.5*len(cases), 4
+    fig, axs = plt.subplots(1, len(cases), figsize=size, layout='constrained', sharey=True, squeeze=False)
     for ax,case in zip(axs[0], cases):
         d = df[df.case == case].set_index('opt')
         end = min(d.ratio.max(), 1.4*d.ratio.nlargest(2).iloc[-1])
@@ -233,7 +237,8 @@ def plot_growth(
     "Step times over the number of parameters, and over the number of tensors"
     fig, axs = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
     some = df[(df.tensors == 100) & (df.parameters >= 1e6)], df[df.parameters == 100*df.tensors]
-    styles = {reference: dict(color='k', ls='--', lw=2), 'NAdam': dict(color='C0', marker='o', lw=2), 'DozatNAdam': dict(color='C0', marker='s', ls=':', lw=2)}
+    styles = {reference: dict(color='k', ls='--', lw=2), 'NAdam': dict(color='C0', marker='o', lw=2),
+        'DozatNAdam': dict(color='C0', marker='s', ls=':', lw=2)}
     for ax,x,d in zip(axs, ('parameters', 'tensors'), some):
         for i,(o,g) in enumerate(d.groupby('opt', sort=False)):
             ax.plot(g[x], 1e6*g.step_ms/g[x], label=o, **styles.get(o, dict(color='0.6', marker='^Dv*Xp<>'[i%8], lw=1)))
@@ -319,15 +324,16 @@ def bench_training(
     for o in learns.values(): run(o)
     rows = [{k: run(learns[k]) for k in random.sample(list(learns), len(learns))} for _ in range(rounds)]
     batch, opt = (pd.DataFrame([{k: o[k][i] for k in learns} for o in rows]) for i in (0, 1))
-    return ratios(batch).assign(batch_ms=1000*batch.median(), opt_ms=1000*opt.median(), share=(opt/batch).median()).rename_axis('opt')
+    df = ratios(batch).assign(batch_ms=1000*batch.median(), opt_ms=1000*opt.median(), share=(opt/batch).median())
+    return df.rename_axis('opt')
 
 def show_training(
     df:pd.DataFrame # From `bench_training`
 ) -> pd.DataFrame:
     "The figures as one reads them"
+    spans = [f'{o.low:.3f} to {o.high:.3f}' if o.low < o.high else '' for o in df.itertuples()]
     return pd.DataFrame({'batch, ms': df.batch_ms.round(1), 'AdamW': df.ratio.round(3),
-        '95 %': [f'{o.low:.3f} to {o.high:.3f}' if o.low < o.high else '' for o in df.itertuples()], 'that is': df.apply(in_words, axis=1),
-        'step and zero_grad, ms': df.opt_ms.round(1), 'of the batch': df.share.map('{:.1%}'.format)})
+        '95 %': spans, 'that is': df.apply(in_words, axis=1), 'step and zero_grad, ms': df.opt_ms.round(1), 'of the batch': df.share.map('{:.1%}'.format)})
 
 # %% ../nbs/17_bench.ipynb #44ec
 dtypes = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, float64=torch.float64)
@@ -367,7 +373,7 @@ def bench(
     tensors:int=None, # Instead of networks: number of tensors
     numel:int=100, # Elements of each of these tensors
     opts:str=None, # Optimizers, separated by commas; not given: all that are installed
-    compiled:bool=False, # Also what torch.compile makes of torch NAdam, and HeavyBall's; needs a C++ compiler and minutes
+    compiled:bool=False, # Also torch NAdam under torch.compile, and HeavyBall's; takes a C++ compiler and minutes
     rounds:int=20, # How often to time each
     device:str=None, # cpu or cuda; not given: a GPU if there is one
     dtype:str='float32', # Of parameters and gradients: float32, bfloat16, float16 or float64
@@ -389,7 +395,8 @@ def bench(
         cases = {f'{tensors:,} x {numel:,}': [(numel,)]*tensors}
     kw = dict(device=device, dtype=dtypes[dtype], rounds=rounds, show=print_steps)
     name = torch.cuda.get_device_name() if device == 'cuda' else f'cpu, {torch.get_num_threads()} threads'
-    print(f"{name}, {dtype}, torch {torch.__version__}, {rounds} rounds; NAdam's step: {NAdam(new_params([(1,)], device, dtypes[dtype]), 0.).impl}", flush=True)
+    impl = NAdam(new_params([(1,)], device, dtypes[dtype]), 0.).impl
+    print(f"{name}, {dtype}, torch {torch.__version__}, {rounds} rounds; NAdam's step: {impl}", flush=True)
     res = dict(steps=bench_cases(cases, peers=peers, **kw))
     plain = {k: v for k,v in peers.items() if k in find_peers()} # compiling anew for each size would take hours
     if growth: res['growth'] = bench_cases(growing(), peers=plain, **kw)
@@ -413,7 +420,8 @@ def save_figures(
     facts:dict # What they were measured with
 ):
     "Write the figures as JSON"
-    save_json({**facts, **{k: df.reset_index(drop=df.index.name is None).to_dict('records') for k,df in tables.items()}}, file)
+    rows = {k: df.reset_index(drop=df.index.name is None).to_dict('records') for k,df in tables.items()}
+    save_json({**facts, **rows}, file)
 
 def main(
     argv:list|None=None # Arguments; None: those of the process
