@@ -39,7 +39,7 @@ result_cols = run_cols + ['epoch'] + number_cols + ['diverged']
 def typed(df):
     "Results with all columns, of their types"
     floats = dict.fromkeys(point_cols + number_cols, float)
-    return df.reindex(columns=result_cols).astype({**floats, 'seed': int, 'epoch': int, 'diverged': bool})
+    return df.reindex(columns=result_cols).reset_index(drop=True).astype({**floats, 'seed': int, 'epoch': int, 'diverged': bool})
 
 def in_order(df, opts):
     "Results sorted by optimizer, as in `opts`, then by point, seed and epoch"
@@ -178,13 +178,13 @@ def corrected(choose, judge, draws):
 # %% ../nbs/15_results.ipynb #af650395
 def confidence_interval(
     x, # Numbers, one for each seed
-    boots=None # Bootstrapped means, if the variance is to be the mean of theirs and the usual one
+    boots=None # Bootstrapped means, if their variance is to be taken where it is larger than the usual one
 ) -> tuple: # (mean, half of the 95 % interval's width, number of numbers)
     "Student's t-interval of a mean. With one number it is infinite"
     x = np.asarray(x, dtype=float)
     if (n := len(x)) < 2: return (x[0] if n else math.nan), math.inf, n
     var = x.var(ddof=1)/n
-    if boots is not None: var = (var + np.var(boots)*n/(n-1)) / 2
+    if boots is not None: var = max(var, np.var(boots)*n/(n-1))
     return x.mean(), student_t.ppf(0.975, n-1)*math.sqrt(var), n
 
 # %% ../nbs/15_results.ipynb #0ddc3c0b
@@ -273,7 +273,8 @@ def verdict(self:Comparison) -> str:
         elif r.p < 0.05: shown.append(f"{o} is {'better' if self.sign*r['diff'] > 0 else 'worse'} than {base} by {by}")
         else: (equal if r.p_equal < 0.05 else neither).append(f'{o} ({d})')
     if equal: shown.append(f"equal to {base} within {margin}: {', '.join(equal)}")
-    if neither: shown.append(f"no difference shown between {base} and {', '.join(neither)}; {margin} not excluded")
+    excluded = f'a difference of {margin} is not excluded'
+    if neither: shown.append(f"no difference shown between {base} and {', '.join(neither)}; {excluded}")
     if none: shown.append(f"no comparison of {base} with {', '.join(none)}: too few runs that did not diverge")
     n = int(s.seeds.max())
     how = f"{self.what}, {n} seed{'s'*(n != 1)}, 95 % intervals"

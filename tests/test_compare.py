@@ -274,7 +274,7 @@ def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat
     (dict(lrs=[]), 'lrs must have one value or more'), (dict(lrs=[0.]), 'lrs must be above 0'), (dict(lrs=[math.nan]), 'lr'), (dict(lrs=[-1]), 'lr must be'),
     (dict(lrs=[.1, .1]), 'lrs has a value twice'), (dict(epochs=0), 'epochs must be a whole number from 1, got 0'), (dict(seeds=0), 'seeds must be'),
     (dict(seeds=[-1]), 'seeds must be a whole number from 0'), (dict(metric='f1'), "metric must be one of valid_loss, mse, got 'f1'"),
-    (dict(momenta=[.5]), 'momenta must be from 2/3'), (dict(momenta=[1.]), 'mom must be'), (dict(wds=[-1]), 'wd must be'), (dict(moms=(.9, .8)), 'moms must be three momenta'),
+    (dict(momenta=[.5]), 'momenta must be from 2/3'), (dict(momenta=[1.]), 'mom must be'), (dict(wds=[-1]), 'wd must be'), (dict(moms=(.9, .8)), 'moms must be three numbers'),
     (dict(moms=.9, momenta=[.9]), 'momenta cannot be compared'), (dict(grow=-1), 'grow must be'), (dict(n_workers=-1), 'n_workers must be')], ids=str)
 def test_what_cannot_be_compared_is_refused(changed, msg, tmp_path):
     out = tmp_path/'out'
@@ -312,7 +312,7 @@ def test_other_folders_are_refused(tmp_path):
     ('--opts NAdam(epps=1)', "unexpected keyword argument 'epps'"), ('--metric f1', 'metric must be one of valid_loss, accuracy'), ('--seeds 1', 'seeds must be a whole number from 2'),
     ('--lrs fast', "lrs must be numbers separated by commas, got 'fast'"), ('--lrs 0', 'lrs must be above 0'), ('--epochs 0', 'epochs must be a whole number from 1'),
     ('--baseline SGD', "baseline must be one of NAdam, Adam, got 'SGD'"), ('--width 0', 'width must be a whole number from 1'), ('--size 32', 'for a folder of images'),
-    ('--moms .9,.8', 'moms must be three momenta'), ('--momenta .5', 'momenta must be from 2/3'), ('--search lr,eps', 'search must be some of'), ('--lower_is_better maybe', 'must be yes or no'),
+    ('--moms .9,.8', 'moms must be three numbers'), ('--momenta .5', 'momenta must be from 2/3'), ('--search lr,eps', 'search must be some of'), ('--lower_is_better maybe', 'must be yes or no'),
     ('--n_workers -1', 'n_workers must be'), ('--task {tmp}', "has no folder 'train'"), ('--quik', 'unrecognized arguments: --quik'), ('--seeds many', 'invalid int value')])
 def test_bad_input_is_one_line_and_nothing_is_written(args, msg, tmp_path, capsys):
     (tmp_path/'images').mkdir()
