@@ -4,7 +4,9 @@ from packaging.version import Version
 
 needs_kernel = pytest.mark.skipif(Version(torch.__version__) < Version('2.4'), reason='this PyTorch has no fused AdamW on a CPU')
 
-each_impl = pytest.mark.parametrize('impl', [dict(), dict(foreach=False, fused=False), dict(foreach=True), dict(fused=True)],
+loop = dict(foreach=False, fused=False)
+
+each_impl = pytest.mark.parametrize('impl', [dict(), loop, dict(foreach=True), dict(fused=True)],
     ids=['default', 'loop', 'foreach', 'fused'])
 
 def with_impl(opt_func, params, impl, **kwargs):
