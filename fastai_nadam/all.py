@@ -9,4 +9,4 @@ from .train import *
 from .tasks import *
 from .results import *
 from .compare import *
-from .bench import bench_step
+from .bench import *

@@ -22,7 +22,7 @@ if os.environ.get('FASTAI_NADAM_KERNEL') == '0': _kernel = None
 def address_blocks(
     ps:list, gs:list, ms:list, vs:list # Parameters, gradients, `grad_avg` and `sqr_avg`, as `raw_tensors` gives them
 ) -> tuple: # For `kernel_step`: are they float64, and four addresses for each parameter; empty if there are no elements
-    "Where lists of tensors lie in memory. They share one dtype, none overlaps another, and each must still be there when it is stepped"
+    "Where lists of tensors lie in memory. They share a dtype, do not overlap, and must be there when they are stepped"
     ends = list(accumulate(p.numel() for p in ps))
     if not ends[-1]: return ()
     rows = zip(*([t.data_ptr() for t in ts] for ts in (ps, gs, ms, vs)), ends)
@@ -43,7 +43,7 @@ def kernel_step(
 # %% ../nbs/02_multi_tensor.ipynb #13ec
 @lru_cache
 def _block_size():
-    "Elements in a block for each thread: float32 in four lists takes 1 MiB, or 2 where a core has that much second-level cache"
+    "Elements in a block for each thread: four lists in float32 take 1 MiB, or 2 where a core has so much L2 cache"
     cache = getattr(torch.cpu, 'get_capabilities', dict)().get('l2_cache_size', 0)
     return 2**17 if cache >= 2**21 else 2**16
 
@@ -68,7 +68,7 @@ def cut_blocks(
 
 # %% ../nbs/02_multi_tensor.ipynb #07eb
 @lru_cache
-def _inf(device): return torch.tensor(math.inf, device=device, dtype=torch.float32) # CUDA's kernel reads a step as float32
+def _inf(device): return torch.tensor(math.inf, device=device, dtype=torch.float32) # CUDA's kernel reads float32
 
 _sgd = dict(weight_decay=-1., momentum=0., dampening=0., nesterov=False, maximize=False, is_first_step=False)
 
@@ -85,7 +85,8 @@ def fused_step(blocks, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2):
     "As `kernel_step`, with PyTorch's fused AdamW kernel on `blocks` from `cut_blocks`"
     p, w, scale = blocks[0][0][0], a/(a+b), (a+b)*math.sqrt(debias2)
     in_place = w >= 0.25 and p.dtype in (torch.float32, torch.float64)
-    inf, has_sgd = _inf(p.device), p.device.type == 'cpu' and _has_sgd(p.dtype) # elsewhere only the number of calls counts
+    # elsewhere than on a CPU only the number of calls counts
+    inf, has_sgd = _inf(p.device), p.device.type == 'cpu' and _has_sgd(p.dtype)
     adamw = dict(lr=lr*scale, beta1=w*mom, beta2=sqr_mom, weight_decay=wd/scale, eps=eps*math.sqrt(debias2),
         amsgrad=False, maximize=False)
     turn = 1/w - 1 if in_place else 0. # to turn n back into m
@@ -124,7 +125,8 @@ def raw_tensors(
     "The tensors behind `ts`, if their memory can be walked through side by side"
     p = ts[0]
     if not {*map(type, ts)} <= {torch.Tensor, torch.nn.Parameter}:
-        if not all(hasattr(t, 'to_local') and t.placements == p.placements and t.device_mesh == p.device_mesh for t in ts): return None
+        def same(t): return hasattr(t, 'to_local') and t.placements == p.placements and t.device_mesh == p.device_mesh
+        if not all(map(same, ts)): return None
         ts = tuple(t.to_local() for t in ts)
         p = ts[0]
     if any(t.dtype != p.dtype or t.is_neg() for t in ts): return None # of some views, memory holds the negative
@@ -150,13 +152,15 @@ def pick_impl(
     foreach:bool|None=None, # As in `torch.optim`: use foreach functions?
     fused:bool|None=None # As in `torch.optim`: use a fused kernel? Ours where there is one, else PyTorch's
 ): # `kernel_step`, `fused_step`, `foreach_step`, or None: the steppers
-    "The way to step tensors of a device and dtype; both None: the fastest. A `ValueError` if one is asked for that they do not have"
+    "The way to step tensors of a device and dtype; both None: the fastest. A `ValueError` if there is none as asked"
     kernels = [fused_step] if dtype in _dtypes and _has_fused(device_type, dtype) else []
-    if _kernel and device_type == 'cpu' and dtype in (torch.float32, torch.float64): kernels.insert(not _kernel.openmp, kernel_step)
+    if _kernel and device_type == 'cpu' and dtype in (torch.float32, torch.float64):
+        kernels.insert(not _kernel.openmp, kernel_step)
     has = dict(fused=bool(kernels), foreach=dtype in _dtypes)
     for k,v in dict(fused=fused, foreach=foreach).items():
         if v not in (None, True, False): raise ValueError(f"{k} must be None, True or False, got {v!r}")
-        if v and not has[k]: raise ValueError(f"{k}=True: there is no such kernel for {dtype} on {device_type}; pass None to use what there is")
+        if v and not has[k]: raise ValueError(f"{k}=True: there is no such kernel for {dtype} on {device_type}; "
+            "pass None to use what there is")
     auto = foreach is None and fused is None
     if kernels and (fused or auto): return kernels[0]
     return foreach_step if has['foreach'] and (foreach or fused or auto) else None

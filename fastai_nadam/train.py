@@ -222,6 +222,19 @@ def default_out(
     paths = itertools.chain([path], (path.with_name(f'{path.name}-{i}') for i in itertools.count(2)))
     return first(paths, lambda p: not p.exists())
 
+# %% ../nbs/13_train.ipynb #dd5c6aeb
+def check_given(
+    given:dict # The arguments that are not None
+):
+    "Check that the arguments of `train` go together. Raises a `ValueError`"
+    given = [k for k,v in given.items() if v is not False]
+    for a,b in (('lr', 'find_lr'), ('args', 'article')):
+        if a in given and b in given: raise ValueError(f"give {a} or {b}, not both")
+    if 'resume' in given and len(given) > 1:
+        other = first(given, lambda k: k != 'resume')
+        raise ValueError(f"give resume alone, without {other}: a run resumes as it began")
+    if 'find_lr' in given and num_distrib() > 1: raise ValueError("find_lr works in one process only")
+
 # %% ../nbs/13_train.ipynb #60ec
 def train(
     data:str=None, # `digits`, `imagenette`, `imagewoof`, or a folder with images in train/<class>/ and val/<class>/
@@ -273,16 +286,6 @@ def train(
     results = ', '.join(f'{k} {v:.4f}' for k,v in reversed(list(zip(names, vals))))
     show(f'\n{results} in {time.time()-checkpoint.begun:.0f} s; see {path}')
     return learn
-
-# %% ../nbs/13_train.ipynb #dd5c6aeb
-def check_given(given:dict):
-    "Check that the arguments of `train` go together. Raises a `ValueError`"
-    for a,b in (('lr', 'find_lr'), ('args', 'article')):
-        if a in given and b in given: raise ValueError(f"give {a} or {b}, not both")
-    if 'resume' in given and len(given) > 1:
-        other = first(k for k in given if k != 'resume')
-        raise ValueError(f"give resume alone, without {other}: a run resumes as it began")
-    if 'find_lr' in given and num_distrib() > 1: raise ValueError("find_lr works in one process only")
 
 # %% ../nbs/13_train.ipynb #73ec
 def main(

@@ -130,7 +130,7 @@ def test_the_folder_is_listed_once(tiny, folder, monkeypatch):
     assert sorted(p for p in seen if p == folder or folder in p.parents) == [folder/'train', folder/'val']
 
 def test_from_python(tiny, tmp_path):
-    learn = train(**{**tiny, 'epochs': 1}, out='here')
+    learn = train(**{**tiny, 'epochs': 1}, lr=1e-3, find_lr=False, fp16=False, out='here')
     assert isinstance(learn, Learner) and learn.path == Path('here') and (learn.path/'model.pth').exists()
 
 def test_article():
