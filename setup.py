@@ -11,8 +11,8 @@ pkg = cfg['package']
 
 def lines(s): return s.strip().splitlines()
 
-# The kernel in C is optional: where it cannot be built, PyTorch's own kernels do its work. One binary is for every Python,
-# except those without a GIL.
+# The kernel in C is optional: where it cannot be built, PyTorch's own kernels do its work. One binary serves every
+# Python, except those without a GIL.
 abi3 = not sysconfig.get_config_var('Py_GIL_DISABLED')
 kernel = Extension('fastai_nadam._kernel', ['fastai_nadam/kernel.c'], py_limited_api=True, optional=True)
 
@@ -20,7 +20,8 @@ class BuildKernel(build_ext):
     "Build with the first of four lists of flags that the compiler takes"
     def build_extension(self, ext):
         msvc = self.compiler.compiler_type == 'msvc'
-        fast, openmp = (['/O2', '/utf-8'], '/openmp') if msvc else (['-O3', '-fno-math-errno', '-fno-trapping-math'], '-fopenmp')
+        fast = ['/O2', '/utf-8'] if msvc else ['-O3', '-fno-math-errno', '-fno-trapping-math']
+        openmp = '/openmp' if msvc else '-fopenmp'
         for flags in ([*fast, openmp], [*fast, openmp, '-DNO_CLONES'], [*fast, '-DNO_CLONES'], ['-DNO_CLONES']):
             ext.extra_compile_args, ext.extra_link_args = flags, [o for o in flags if o == '-fopenmp']
             try: return super().build_extension(ext)

@@ -26,23 +26,23 @@
 #else
 #define OPENMP 0
 #endif
-enum { BLOCK = 1 << 16, LINE = 16 }; /* elements that a thread takes at a time; and in 64 bytes of float, at which we cut */
+enum { BLOCK = 1 << 16, LINE = 16 }; /* elements that a thread takes at a time; and in 64 bytes, where we cut */
 
 typedef struct { double lr, mom, sqr_mom, eps, wd, l2, a, b, debias2; } Numbers;
 
 /* The update of n elements, once for float and once for double. L2 decay goes into the gradient first.
-   `__restrict` promises the compiler that the four arrays do not overlap, so that it may take many elements at a time. */
-#define UPDATE(name, real, root)                                                                                        \
-    CLONES static void name(void *ps, void *gs, void *ms, void *vs, size_t n, const Numbers *s) {                       \
-        real *__restrict p = ps, *__restrict g = gs, *__restrict m = ms, *__restrict v = vs;                            \
-        const real lr = s->lr, mom = s->mom, sqr_mom = s->sqr_mom, eps = s->eps, l2 = s->l2, a = s->a, b = s->b;        \
-        const real new_m = 1 - s->mom, new_v = 1 - s->sqr_mom, keep = 1 - s->lr*s->wd, scale = 1/s->debias2;            \
-        if (l2 != 0) for (size_t i = 0; i < n; i++) g[i] += l2*p[i];                                                    \
-        for (size_t i = 0; i < n; i++) {                                                                                \
-            m[i] = mom*m[i] + new_m*g[i];                                                                               \
-            v[i] = sqr_mom*v[i] + new_v*g[i]*g[i];                                                                      \
-            p[i] = keep*p[i] - lr*(a*m[i] + b*g[i]) / (root(v[i]*scale) + eps);                                         \
-        }                                                                                                               \
+   `__restrict` promises that the four arrays do not overlap, so that the compiler may take many elements at a time. */
+#define UPDATE(name, real, root)                                                                                     \
+    CLONES static void name(void *ps, void *gs, void *ms, void *vs, size_t n, const Numbers *s) {                    \
+        real *__restrict p = ps, *__restrict g = gs, *__restrict m = ms, *__restrict v = vs;                         \
+        const real lr = s->lr, mom = s->mom, sqr_mom = s->sqr_mom, eps = s->eps, l2 = s->l2, a = s->a, b = s->b;     \
+        const real new_m = 1 - s->mom, new_v = 1 - s->sqr_mom, keep = 1 - s->lr*s->wd, scale = 1/s->debias2;         \
+        if (l2 != 0) for (size_t i = 0; i < n; i++) g[i] += l2*p[i];                                                 \
+        for (size_t i = 0; i < n; i++) {                                                                             \
+            m[i] = mom*m[i] + new_m*g[i];                                                                            \
+            v[i] = sqr_mom*v[i] + new_v*g[i]*g[i];                                                                   \
+            p[i] = keep*p[i] - lr*(a*m[i] + b*g[i]) / (root(v[i]*scale) + eps);                                      \
+        }                                                                                                            \
     }
 UPDATE(update_float, float, sqrtf)
 UPDATE(update_double, double, sqrt)
@@ -72,7 +72,7 @@ static void update_block(const Row *rows, size_t n, uint64_t k, int is_double, c
     }
 }
 
-/* What Python calls: kernel.step(rows, is_double, threads, lr, …). Each thread of OpenMP takes the next block as soon as it is free. */
+/* What Python calls. A thread of OpenMP takes the next block as soon as it is free. */
 static PyObject *step(PyObject *module, PyObject *args) {
     const char *bytes; Py_ssize_t len; int is_double, threads; Numbers s;
     if (!PyArg_ParseTuple(args, "y#pi" "ddddd" "dddd", &bytes, &len, &is_double, &threads,
@@ -90,7 +90,8 @@ static PyObject *step(PyObject *module, PyObject *args) {
 }
 
 /* What Python has to know about this module: its name, and that it has one function */
-static PyMethodDef methods[] = {{"step", step, METH_VARARGS, "step(rows, is_double, threads, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2)"}, {0}};
+static const char doc[] = "step(rows, is_double, threads, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2)";
+static PyMethodDef methods[] = {{"step", step, METH_VARARGS, doc}, {0}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernel", NULL, -1, methods};
 
 PyMODINIT_FUNC PyInit__kernel(void) {

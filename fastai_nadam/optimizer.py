@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
+from itertools import pairwise
 from operator import eq
 
 import numpy as np, torch
@@ -214,10 +215,14 @@ def _key(self:NAdamOptimizer, groups, ps, gs, states):
     if not {*map(type, ts)} <= {*_plain}: return
     return [self.foreach, self.fused, groups, [s.get('do_wd') for s in states], len(ts)], ts
 
+def _looks(ts):
+    try: return [list(map(f, ts)) for f in _look]
+    except RuntimeError: return # a sparse tensor has no address
+
 def _same(looks, ts):
-    "Do tensors look as they did? One by one: 80,000 sizes and strides, all kept until the end, call the garbage collector"
+    "Do tensors look as they did? One by one: 80,000 sizes and strides, all kept to the end, call the garbage collector"
     try: return all(all(map(eq, map(f, ts), old)) for f,old in zip(_look, looks))
-    except RuntimeError: return False # a sparse tensor has no address
+    except RuntimeError: return False
 
 # %% ../nbs/03_optimizer.ipynb #20sf
 def _local(t): return t.to_local() if hasattr(t, 'to_local') else t
@@ -238,32 +243,50 @@ def _shared(rows, l2):
         end = max(end, start+n)
     return res
 
+# %% ../nbs/03_optimizer.ipynb #20si
+def _ordinary(ts, ptrs, sizes, strides, dtypes, negs):
+    "Are parameters like their gradients and averages, contiguous, on one device, and each in memory of its own?"
+    n = len(ts)//4
+    if any(o[:n] != o[k:k+n] for o in (sizes, dtypes) for k in (n, 2*n, 3*n)) or any(negs): return False
+    if not all(map(Tensor.is_contiguous, ts)) or len({*map(Tensor.device.__get__, ts)}) > 1: return False
+    return all(a and a+m <= b for (a,m),(b,_) in pairwise(sorted(zip(ptrs, map(Tensor.nbytes.__get__, ts)))))
+
 @patch
-def _sort(self:NAdamOptimizer, groups, ps, gs, states):
-    "Check everything, start what has no state, and put together what can be stepped together"
+def _prepare(self:NAdamOptimizer, ps, gs, states):
+    "Check everything, and start what has no state. Returns the positions that have to go through the steppers"
     for o in zip(ps, gs, states): _check_tensors(*o)
     for j,(p,g,state) in enumerate(zip(ps, gs, states)):
         _init_state(p, state)
         if 0 in g.stride() and not g.is_contiguous(): # expanded: L2 decay could not write to it
             p.grad = gs[j] = g.clone(memory_format=torch.contiguous_format)
     rows = [(p, g, *map(state.get, _avgs)) for p,g,state in zip(ps, gs, states)]
-    alone, res = _shared(rows, not self.decouple_wd), defaultdict(list)
+    return _shared(rows, not self.decouple_wd) | {j for j,row in enumerate(rows) if not raw_tensors(*row)}
+
+# %% ../nbs/03_optimizer.ipynb #20sk
+@patch
+def _sort(self:NAdamOptimizer, groups, ps, states, alone):
+    "Put together what can be stepped together; `alone` are positions to step one by one"
+    res = defaultdict(list)
     shared = ('step', 'sqr_mom_prod', 'do_wd', *self.rule(step=1, **self.hypers[0])[2])
-    for j,(i,p,row,state) in enumerate(zip(groups, ps, rows, states)):
+    for j,(i,p,state) in enumerate(zip(groups, ps, states)):
         impl = None if j in alone else self._impl(p)
-        if impl and raw_tensors(*row): res[impl, i, p.dtype, p.device, *map(state.get, shared)].append(j)
-        else: res[None, i].append(j)
+        res[(impl, i, p.dtype, p.device, *map(state.get, shared)) if impl else (None, i)].append(j)
     return [_Batch(impl, i, idxs) for (impl,i,*_),idxs in res.items()]
 
 @patch
-def _batches(self:NAdamOptimizer, *todo):
+def _batches(self:NAdamOptimizer, groups, ps, gs, states):
     "Groups, parameters, gradients and states in batches: those of the last step, if they are still right"
-    if self._last and (new := self._key(*todo)):
+    new = self._key(groups, ps, gs, states)
+    if self._last and new:
         key, batches, looks = self._last
-        if new[0] == key and _same(looks, new[1]) and all(b.in_step(todo[-1]) for b in batches): return batches
-    batches = self._sort(*todo)
-    new = self._key(*todo) # again, as averages may have been started
-    self._last = new and (new[0], batches, [list(map(f, new[1])) for f in _look])
+        if new[0] == key and _same(looks, new[1]) and all(b.in_step(states) for b in batches): return batches
+    looks, alone = new and _looks(new[1]), ()
+    if not looks or not _ordinary(new[1], *looks):
+        alone = self._prepare(ps, gs, states)
+        new = self._key(groups, ps, gs, states) # again, as averages may have been started
+        looks = new and _looks(new[1])
+    batches = self._sort(groups, ps, states, alone)
+    self._last = looks and (new[0], batches, looks)
     return batches
 
 # %% ../nbs/03_optimizer.ipynb #30se
@@ -289,6 +312,7 @@ def _step_one(self:NAdamOptimizer, p, state, hyper):
     for cb in self.cbs: new.update(cb(p, **{**new, **hyper}) or {})
     state.update(new, **{k: v.copy_(new[k]) for k,v in avgs.items()})
 
+# %% ../nbs/03_optimizer.ipynb #31sg
 def _increment_versions(ps):
     "Some kernels write behind autograd's back"
     try: increment_version(ps)

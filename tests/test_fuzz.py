@@ -89,7 +89,7 @@ def grad_moves(life, p): give(p, life.new(p.grad.detach()))
 def grad_data_moves(life, p): p.grad.data = life.new(p.grad.data)
 def grad_is_shared(life, p):
     q = life.pick(like=p)
-    if q is not None: give(q, p.grad)
+    if q is not None and not p.grad.is_neg(): give(q, p.grad) # of a negative view, deepcopy makes two
 def grads_are_exchanged(life, p):
     q = life.pick(grad=True, like=p)
     if q is not None:

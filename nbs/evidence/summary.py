@@ -36,11 +36,13 @@ def plus_minus(r): return f'{num(r["diff"])} ± {1.96*r.se:.1f}'
 
 def in_short():
     "The first screen"
-    pooled = '\n'.join(f'| {k} | {percent(at5[k])} | {percent(end[k])} | {end[k].better:.0f} of {end[k].k:.0f} | {"yes" if k in met else "no"} |' for k in ends)
+    better = {k: f'{p.better:.0f} of {p.k:.0f}' for k,p in end.items()}
+    pooled = '\n'.join(f'| {k} | {percent(at5[k])} | {percent(end[k])} | {better[k]} | {"yes" if k in met else "no"} |' for k in ends)
     within = ', '.join(k for k in ends if -1 < equal[k].low and equal[k].high < 1)
     ranges = ', '.join(f'{k} {num(equal[k].low)} to {num(equal[k].high)}' for k in ends)
     new = ', '.join(f'`{t}` {plus_minus(r)} %' for t,r in effects(held, default_nadam, default).iterrows())
-    verdict = f"NAdam's test loss is the lower one on {' and on '.join(f'{p.better:.0f} of {p.k:.0f} tasks in {k} runs' for k,p in end.items())}, but the tasks differ so much in how much lower that the mean over tasks is not known well."
+    verdict = ("NAdam's test loss is the lower one on " + ', on '.join(f'{n} tasks in {k} runs' for k,n in better.items()) +
+        ", but the tasks differ so much in how much lower that the mean over tasks is not known well.")
     return f"""
 **What Nesterov is worth.** Eight small tasks; learning rate, momentum and weight decay tuned for both; test data that chose nothing. This is NAdam's test loss compared with that of *exact Adam*, the same code without looking ahead. Pooled over tasks, with 95 % intervals; negative is better:
 
@@ -56,10 +58,10 @@ def in_short():
 |---|---|
 | tuned how? | {trials["middle"]} shared points × 2 seeds (long: {trials["long"]} × 1); the tuning data choose |
 | judged on what? | test data, 30 new seeds (long: 10), the same for both |
-| how many comparisons? | one is primary and must meet all conditions at once; the others are corrected by Holm's method |
+| how many comparisons? | one, which must meet all conditions at once; any other is corrected by Holm's method |
 | equal, then? | within ±1 % of the loss: {"shown for " + within if within else "not shown"} (90 % intervals in %: {ranges}) |
 | how much is that? | in the median over tasks as much as {doublings().iloc[:,2].median():.2f} doublings of the training (middle) |
 | what is worth more? | tuning: 5 trials in place of 1 lower exact Adam's loss by {trials_gain(5):.0f} %, 32 by {trials_gain(32):.0f} % |
 
-**The recipe.** Tune the learning rate first and the momentum second; which of the two optimizers comes after that. If you do not tune the momentum, NAdam is a good choice with the learning rate and the weight decay that you have for Adam. On three tasks that took no part in finding anything, at fastai's default momentum, its test loss differs from exact Adam's by: {new}, each at its best of 8 learning rates, which was the same one on {same_lr} of {len(new_names)}. fastai's momentum can stay. A lower one, `moms=(0.9, 0.7, 0.9)` for NAdam or `(0.8, 0.4, 0.8)` for Adam, is often better and sometimes much worse, so no rule came out of it ([below](#the-recipe-which-momentum)).
+**The recipe.** Tune the learning rate first and the momentum second; which of the two optimizers comes after that. If you do not tune the momentum, NAdam is a good choice with the learning rate and the weight decay that you have for Adam. On three tasks that took no part in finding anything, at fastai's default momentum, its test loss differs from exact Adam's by: {new}, each at its best of 8 learning rates, which was the same one on {same_lr} of {len(new_names)}. fastai's momentum can stay. A lower one, `moms=(0.9, 0.7, 0.9)` for NAdam or `(0.8, 0.4, 0.8)` for Adam, is often better and sometimes much worse, so no rule came out of it. In long runs take a lower learning rate, not a lower momentum ([below](#the-recipe-which-momentum)).
 """

@@ -30,7 +30,8 @@ def split_dls(
     "Split tensors at random"
     parts = torch.randperm(len(tensors[0]))[:sum(sizes)].split(sizes)
     train, tune, test = (tuple(t[i] for t in tensors) for i in parts)
-    return DataLoaders(PartDL(train, bs, n_batches, shuffle=not n_batches, drop_last=True), PartDL(tune, 500), PartDL(test, 500))
+    train = PartDL(train, bs, n_batches, shuffle=not n_batches, drop_last=True)
+    return DataLoaders(train, PartDL(tune, 500), PartDL(test, 500))
 
 def classifier(dls, model, opt_func): return Learner(dls, model, CrossEntropyLossFlat(), opt_func, metrics=accuracy)
 def regressor(dls, model, opt_func): return Learner(dls, model, MSELossFlat(), opt_func)
@@ -112,7 +113,8 @@ def text_dls(x, y, bs, n_batches):
     return DataLoaders(PartDL(train, bs, n_batches), PartDL(tune, 200), PartDL(test, 200))
 
 class CharGRU(Module):
-    def __init__(self, n_chars, nh): self.emb, self.rnn, self.out = nn.Embedding(n_chars, 24), nn.GRU(24, nh, batch_first=True), nn.Linear(nh, n_chars)
+    def __init__(self, n_chars, nh):
+        self.emb, self.rnn, self.out = nn.Embedding(n_chars, 24), nn.GRU(24, nh, batch_first=True), nn.Linear(nh, n_chars)
     def forward(self, x): return self.out(self.rnn(self.emb(x))[0])
 
 def text_gru(opt_func):
@@ -157,7 +159,8 @@ def diamonds_data():
 @lru_cache
 def houses_data():
     df = pd.read_csv(package_file('plotnine', 'data', 'txhousing.csv'))
-    df = df[df[['sales', 'listings']].gt(0).all(axis=1)].assign(listings=lambda o: np.log(o.listings), median=lambda o: np.log(o['median']))
+    df = df[df[['sales', 'listings']].gt(0).all(axis=1)]
+    df = df.assign(listings=np.log(df.listings), median=np.log(df['median']))
     return table_data(df, ['city', 'month'], ['year', 'median', 'listings', 'inventory'], 'sales')
 
 def table_learner(data, sizes, bs, opt_func, n_batches=None):
@@ -180,7 +183,8 @@ def photo_data(name, n_waves=24):
 
 def photo_learner(name, opt_func):
     x, y = photo_data(name)
-    model = nn.Sequential(nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    layers = [o for i in (x.shape[1], 64, 64) for o in (nn.Linear(i, 64), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(64, 3))
     return regressor(split_dls((x, y), (12000, 1000, 3960), bs=128, n_batches=40), model, opt_func)
 
 def photo(opt_func): return photo_learner('china.jpg', opt_func)
@@ -209,6 +213,7 @@ class Patches(Module):
 def digits_vit(opt_func): return classifier(split_dls(digits_data(), (600, 500, 697), bs=40), Patches(32, 2), opt_func)
 
 # Epochs of the middle horizon, and the lowest learning rate of the range that is searched; the highest is 100 times that
-low_lrs = {digits: 3e-3, mnist: 1e-3, autoencoder: 2e-3, mnist1d: 3e-3, text_gru: 3e-3, text_transformer: 2e-3, diamonds: 3e-3, photo: 2e-3}
+low_lrs = {digits: 3e-3, mnist: 1e-3, autoencoder: 2e-3, mnist1d: 3e-3,
+           text_gru: 3e-3, text_transformer: 2e-3, diamonds: 3e-3, photo: 2e-3}
 held_out = {houses: 3e-3, code_conv: 2e-3, digits_vit: 1e-3}
 for f,lr in {**low_lrs, **held_out}.items(): f.lrs, f.epochs = (lr, 100*lr), 8
