@@ -220,7 +220,7 @@ def _looks(ts):
     except RuntimeError: return # a sparse tensor has no address
 
 def _same(looks, ts):
-    "Do tensors look as they did? One by one: 80,000 sizes and strides, all kept until the end, call the garbage collector"
+    "Do tensors look as they did? One by one: 80,000 sizes and strides, all kept to the end, call the garbage collector"
     try: return all(all(map(eq, map(f, ts), old)) for f,old in zip(_look, looks))
     except RuntimeError: return False
 
