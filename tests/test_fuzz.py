@@ -216,10 +216,11 @@ def overlaps(opt):
     return any(a[1] > b[0] for a,b in pairwise(sorted(map(span, tensors(opt)))))
 
 def reference(opt):
-    "The same in other memory, which overlaps where this does, else in float64; with the steppers, and nothing kept from earlier steps"
+    "The same in other memory, in float64 where that means the same; with the steppers, and nothing kept from earlier steps"
     ps, steps = all_params(opt), {id(p) for p in stepped(opt)}
     data, grads, states = deepcopy(([p.detach() for p in ps], [p.grad.detach() if id(p) in steps else None for p in ps], [opt.state[p] for p in ps]))
-    alone, qs = not overlaps(opt), []
+    rounds = not opt.decouple_wd and any(p.dtype in (torch.float16, torch.bfloat16) for p in ps) # L2 decay rounds the gradient itself
+    alone, qs = not (overlaps(opt) or rounds), []
     for p,t,g,state in zip(ps, data, grads, states):
         if alone and id(p) in steps:
             t, g = t.double(), g.double()

@@ -324,7 +324,7 @@ def test_zero_grad(impl):
 
 @each_impl
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam, partial(NAdam, nesterov=False), partial(NAdam, decouple_wd=False)])
+@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam, partial(NAdam, nesterov=False)]) # L2 decay rounds the gradient itself
 def test_half_precision_at_the_defaults(impl, dtype, opt_func):
     "Averages are used before they are rounded: 0.01·g² is 0 in float16, and the step would be divided by ε = 1e-8"
     ps = [nn.Parameter(torch.randn(s).to(dtype)) for s in ((7, 3), (50,))]
@@ -342,7 +342,7 @@ def test_half_precision_at_the_defaults(impl, dtype, opt_func):
             ulp = torch.finfo(dtype).eps
             torch.testing.assert_close(p.detach().double(), q.detach(), rtol=4*ulp, atol=4*ulp)
             for k in ('grad_avg', 'sqr_avg'):
-                torch.testing.assert_close(fast.state[p][k].double(), slow.state[q][k].to(dtype).double(), rtol=4*ulp, atol=2e-6) # L2 rounds in the gradient
+                torch.testing.assert_close(fast.state[p][k].double(), slow.state[q][k].to(dtype).double(), rtol=2*ulp, atol=1e-7)
 
 def test_infinity_is_float32_for_the_kernels():
     "Under another default dtype too: the CUDA kernel reads the step as float32"
