@@ -220,7 +220,7 @@ def _looks(ts):
     except RuntimeError: return # a sparse tensor has no address
 
 def _same(looks, ts):
-    "Do tensors look as they did? One by one: 80,000 sizes and strides, all kept until the end, call the garbage collector"
+    "Do tensors look as they did? One by one: 80,000 sizes and strides, all kept to the end, call the garbage collector"
     try: return all(all(map(eq, map(f, ts), old)) for f,old in zip(_look, looks))
     except RuntimeError: return False
 
@@ -243,6 +243,7 @@ def _shared(rows, l2):
         end = max(end, start+n)
     return res
 
+# %% ../nbs/03_optimizer.ipynb #20si
 def _ordinary(ts, ptrs, sizes, strides, dtypes, negs):
     "Are parameters like their gradients and averages, contiguous, on one device, and each in memory of its own?"
     n = len(ts)//4
@@ -261,6 +262,7 @@ def _prepare(self:NAdamOptimizer, ps, gs, states):
     rows = [(p, g, *map(state.get, _avgs)) for p,g,state in zip(ps, gs, states)]
     return _shared(rows, not self.decouple_wd) | {j for j,row in enumerate(rows) if not raw_tensors(*row)}
 
+# %% ../nbs/03_optimizer.ipynb #20sk
 @patch
 def _sort(self:NAdamOptimizer, groups, ps, states, alone):
     "Put together what can be stepped together; `alone` are positions to step one by one"
@@ -310,6 +312,7 @@ def _step_one(self:NAdamOptimizer, p, state, hyper):
     for cb in self.cbs: new.update(cb(p, **{**new, **hyper}) or {})
     state.update(new, **{k: v.copy_(new[k]) for k,v in avgs.items()})
 
+# %% ../nbs/03_optimizer.ipynb #31sg
 def _increment_versions(ps):
     "Some kernels write behind autograd's back"
     try: increment_version(ps)

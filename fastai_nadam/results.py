@@ -38,8 +38,8 @@ result_cols = run_cols + ['epoch'] + number_cols + ['diverged']
 
 def typed(df):
     "Results with all columns, of their types"
-    floats = dict.fromkeys(point_cols + number_cols, float)
-    return df.reindex(columns=result_cols).reset_index(drop=True).astype({**floats, 'seed': int, 'epoch': int, 'diverged': bool})
+    types = {**dict.fromkeys(point_cols + number_cols, float), 'seed': int, 'epoch': int, 'diverged': bool}
+    return df.reindex(columns=result_cols).reset_index(drop=True).astype(types)
 
 def in_order(df, opts):
     "Results sorted by optimizer, as in `opts`, then by point, seed and epoch"

@@ -78,6 +78,23 @@ def test_a_module_imports_only_from_rows_above_it():
     assert rooms(root/'fastai_nadam/all.py') == all_rooms()
     assert rooms(root/'fastai_nadam/__init__.py') == ['optimizer']
 
+def test_no_private_name_is_imported_from_another_room():
+    for f in (root/'fastai_nadam').glob('*.py'):
+        for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+            if not isinstance(node, ast.ImportFrom) or not (node.level or node.module.startswith('fastai_nadam')): continue
+            private = {o.name for o in node.names if o.name.startswith('_')} - {'__version__', '_kernel'}
+            assert not private, f'{f.name} imports {private}'
+
+def test_all_is_what_the_rooms_make_public():
+    "Short enough to be read: what is not meant for users is `#| exporti`"
+    rooms = [importlib.import_module(f'fastai_nadam.{o}') for o in all_rooms()]
+    public = {n: mod.__name__ for mod in rooms for n in mod.__all__}
+    names = {}
+    exec('from fastai_nadam.all import *', names)
+    assert set(public) == {n for n in names if n != '__builtins__'}
+    assert sum(len(mod.__all__) for mod in rooms) == len(public), 'one name in two rooms'
+    assert len(public) <= 40, f'{len(public)} public names: {public}'
+
 def test_pictures_in_contributing_are_drawn_from_the_code():
     code = """import runpy; from pathlib import Path; from torch import ones; from fastai_nadam import NAdam
 m, text = runpy.run_path('nbs/_structure.py'), Path('CONTRIBUTING.md').read_text(encoding='utf-8')
@@ -125,6 +142,11 @@ def test_console_scripts_exist():
 def test_notebooks_are_clean(project):
     python('from nbdev.clean import nbdev_clean; nbdev_clean()', cwd=project)
     assert contents(project/'nbs', '*.ipynb') == contents(root/'nbs', '*.ipynb'), 'run nbdev-clean'
+
+@pytest.mark.parametrize('nb', nbs, ids=lambda f: f.name)
+def test_outputs_say_nothing_about_the_machine(nb):
+    text = nb.read_text(encoding='utf-8')
+    assert not [o for o in ('site-packages', str(Path.home()), 'FutureWarning') if o in text]
 
 @needs_nbdev
 def test_readme_is_made_from_the_index():
