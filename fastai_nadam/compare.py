@@ -275,6 +275,7 @@ def _read(self:Runs, old, rows):
     for k in {'opts', 'trial_seeds'} & set(old): old[k] += [o for o in self.settings[k] if o not in old[k]]
     self.settings, self.rows = {**self.settings, **old}, rows
 
+# %% ../nbs/16_compare.ipynb #4fb0b34f
 def csv_lines(rows, header=False):
     return pd.DataFrame(rows, columns=result_cols).to_csv(index=False, header=header, lineterminator='\n')
 
@@ -380,6 +381,7 @@ def split_floats(k, s):
     try: return [float(o) for o in s.split(',')]
     except ValueError: raise ValueError(f"{k} must be numbers separated by commas, got {s!r}") from None
 
+# %% ../nbs/16_compare.ipynb #e462367a
 def compare(
     task:str='digits', # digits, tabular, text, imagenette, imagewoof, a folder of images, or FILE.py:function
     opts:str=default_opts, # Optimizers, with arguments if you like: NAdam,NAdam(eps=1e-6),Adam

@@ -104,8 +104,9 @@ def test_json_and_figure(tmp_path):
     save_json(dict(a=[1, None]), tmp_path/'a.json')
     assert (tmp_path/'a.json').read_text() == '{\n  "a": [\n    1,\n    null\n  ]\n}\n'
     for name,start in {'a.png': b'\x89PNG', 'a.svg': b'<?xml'}.items():
-        save_fig(plt.figure(), tmp_path/name)
-        assert (tmp_path/name).read_bytes().startswith(start) and not plt.get_fignums()
+        fig = plt.figure()
+        save_fig(fig, tmp_path/name)
+        assert (tmp_path/name).read_bytes().startswith(start) and not plt.fignum_exists(fig.number)
 
 def test_versions(capsys, monkeypatch):
     assert versions()['torch'] == torch.__version__.split('+')[0]

@@ -39,6 +39,7 @@ def test_cells_run(tmp_path, monkeypatch):
     module = ModuleType('page')
     monkeypatch.setitem(sys.modules, 'page', module)  # where pickle looks for class_name
     exec(code, env := vars(module))
+    env['plt'].close('all')
     assert sorted(o.name for o in (tmp_path/'imagenette_run').iterdir()) == ['checkpoint.pth', 'models', 'xresnet34.pkl']
     assert len(env['accuracies']) == 2 and env['cls'] in env['names'].values()
 
