@@ -431,6 +431,7 @@ def compare(
     print(f"\n{c.table().to_string()}\n\nsee {out}\n{c.verdict()}")
     return c
 
+# %% ../nbs/16_compare.ipynb #e462367b
 @wraps(compare)
 def _command(**kwargs):
     try: return compare(**kwargs)

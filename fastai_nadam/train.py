@@ -149,7 +149,7 @@ def suggest_lr(
         except IndexError as e: # it has too few losses
             losses = [float(o) for o in learn.recorder.losses]
             n = next((i for i,o in enumerate(losses) if not math.isfinite(o)), len(losses)-1)
-            raise ValueError(f"find_lr: the loss was {losses[n]:g} after {n+1} batches, too early to suggest one") from e
+            raise ValueError(f"find_lr: the loss was {losses[n]:g} after {n+1} batches, too early for one") from e
     plt.title(f'lr_find with {config.opt}, {lr:.2g} suggested')
     save_fig(plt.gcf(), path/'lr_find.png')
     return lr

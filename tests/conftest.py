@@ -6,6 +6,7 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch starts, here and in the processes that tests start
 
 import fastcore.test, numpy as np, pytest, torch
+from impls import KernelOff
 
 for k,o in vars(fastcore.test).items():
     if k.startswith('test'): o.__test__ = False  # an old fastai's `import *` brings them along; they are no tests
@@ -39,3 +40,9 @@ def without_kernel(monkeypatch):
     multi_tensor.pick_impl.cache_clear()
     yield
     multi_tensor.pick_impl.cache_clear()
+
+@pytest.fixture(autouse=True)
+def kernel_off(request):
+    "Switch the kernel in C off where the parameter `impl` of a test says so"
+    params = getattr(getattr(request.node, 'callspec', None), 'params', {})
+    if isinstance(params.get('impl'), KernelOff): request.getfixturevalue('without_kernel')

@@ -6,8 +6,11 @@ needs_kernel = pytest.mark.skipif(Version(torch.__version__) < Version('2.4'), r
 
 loop = dict(foreach=False, fused=False)
 
-each_impl = pytest.mark.parametrize('impl', [dict(), loop, dict(foreach=True), dict(fused=True)],
-    ids=['default', 'loop', 'foreach', 'fused'])
+class KernelOff(dict):
+    "No arguments, in a test for which the kernel in C is switched off (see conftest), so that PyTorch's are tested too"
+
+each_impl = pytest.mark.parametrize('impl', [dict(), KernelOff(), loop, dict(foreach=True), dict(fused=True)],
+    ids=['default', 'kernel off', 'loop', 'foreach', 'fused'])
 
 def with_impl(opt_func, params, impl, **kwargs):
     "`opt_func(params, **impl, **kwargs)`; skips the test where this version has no such implementation"

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
 from fastai_nadam.multi_tensor import _block_size, cut_blocks, fused_step, pick_impl, raw_tensors
-from impls import each_impl, loop, needs_kernel, with_impl
+from impls import KernelOff, each_impl, loop, needs_kernel, with_impl
 
-fast_impls = pytest.mark.parametrize('impl', [dict(), dict(foreach=True)], ids=['fused', 'foreach'])
+fast_impls = pytest.mark.parametrize('impl', [dict(), KernelOff(), dict(foreach=True)], ids=['default', 'kernel off', 'foreach'])
 tols = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 def gaps(p): return p.repeat_interleave(2, -1)[..., ::2] if p.ndim else p

@@ -95,6 +95,14 @@ def test_all_is_what_the_rooms_make_public():
     assert sum(len(mod.__all__) for mod in rooms) == len(public), 'one name in two rooms'
     assert len(public) <= 40, f'{len(public)} public names: {public}'
 
+@pytest.mark.parametrize('nb', nbs, ids=lambda f: f.name)
+def test_cells_fit_the_screen(nb):
+    for src in cells(nb, 'code'):
+        exported, lines = re.match(r'#\|\s*export', src), src.splitlines()
+        wide = [o for o in lines if len(o) > (120 if exported else 100) and not o.startswith('#|')]
+        assert not wide, wide
+        assert not exported or len(lines) <= 60, f'an exported cell of {len(lines)} lines: {lines[1]}'
+
 def test_pictures_in_contributing_are_drawn_from_the_code():
     code = """import runpy; from pathlib import Path; from torch import ones; from fastai_nadam import NAdam
 m, text = runpy.run_path('nbs/_structure.py'), Path('CONTRIBUTING.md').read_text(encoding='utf-8')
