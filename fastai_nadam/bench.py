@@ -296,12 +296,12 @@ class TrainingTimer(ShortEpochCallback):
     def _now(self):
         if self.dls.device.type == 'cuda': torch.cuda.synchronize()
         return time.perf_counter()
-    def before_train(self): self.opt, self.begun = 0., self._now()
+    def before_train(self): self.in_opt, self.begun = 0., self._now()
     def before_step(self): self.step_begun = self._now()
     def after_batch(self):
-        self.opt += self._now() - self.step_begun # called after step and zero_grad
+        self.in_opt += self._now() - self.step_begun # called after step and zero_grad
         if self.iter+1 == self.n: raise CancelTrainException()
-    def after_train(self): self.batch, self.opt = (self._now() - self.begun)/self.n, self.opt/self.n
+    def after_train(self): self.batch, self.in_opt = (self._now() - self.begun)/self.n, self.in_opt/self.n
     def before_validate(self): raise CancelValidException()
 
 def bench_training(
@@ -317,7 +317,7 @@ def bench_training(
     learns = {k: make_learner(dls, arch, f, cbs=TrainingTimer(2)) for k,f in (peers or find_peers()).items()}
     def run(learn):
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-        return learn.training_timer.batch, learn.training_timer.opt
+        return learn.training_timer.batch, learn.training_timer.in_opt
     for o in learns.values(): run(o)
     rows = [{k: run(learns[k]) for k in random.sample(list(learns), len(learns))} for _ in range(rounds)]
     batch, opt = (pd.DataFrame([{k: o[k][i] for k in learns} for o in rows]) for i in (0, 1))

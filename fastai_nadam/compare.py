@@ -190,7 +190,7 @@ def parallel_runs(fit, runs, n_workers):
     try:
         for f in futures.as_completed([pool.submit(_work, run) for run in runs]): yield f.result()
     except futures.process.BrokenProcessPool as e:
-        raise ChildProcessError("a worker was killed; the same command with the same out goes on") from e
+        raise ChildProcessError("a worker was killed; the same command with the same out resumes") from e
     except BaseException:
         for p in list((pool._processes or {}).values()): p.terminate()
         raise
@@ -406,7 +406,7 @@ def compare(
     bs:int=None, # For a folder: images per batch
     n_workers:int=None, # Processes that share the runs (default: one per CPU core, or per GPU)
     quick:bool=False, # A glance: two learning rates, four seeds, NAdam and Adam
-    out:str=None # Folder for the results, where the same command goes on (default: runs/compare-<task>)
+    out:str=None # Folder for the results, where the same command resumes (default: runs/compare-<task>)
 ) -> Comparison:
     "Compare optimizers: train with every optimizer, learning rate and seed, and say what that shows"
     folder = {k: v for k,v in dict(arch=arch, size=size, bs=bs).items() if v is not None}
@@ -436,7 +436,7 @@ def compare(
 def _command(**kwargs):
     try: return compare(**kwargs)
     except KeyboardInterrupt:
-        print('nadam-compare: interrupted; the same command with the same out goes on', file=sys.stderr)
+        print('nadam-compare: interrupted; the same command with the same out resumes', file=sys.stderr)
         sys.exit(130)
 
 def main(

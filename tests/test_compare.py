@@ -354,7 +354,7 @@ def test_an_interrupted_command_says_how_to_go_on(how, tmp_path):
     workers = [int(o) for o in Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split()]
     os.kill(p.pid if how == 'Ctrl-C' else workers[0], signal.SIGINT if how == 'Ctrl-C' else signal.SIGKILL)
     _, err = p.communicate(timeout=30)
-    assert err.count('\n') == 1 and 'the same command with the same out goes on' in err, err
+    assert err.count('\n') == 1 and 'the same command with the same out resumes' in err, err
     assert p.returncode == (130 if how == 'Ctrl-C' else 2)
 
 def test_a_search_by_command(tmp_path):

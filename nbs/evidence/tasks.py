@@ -13,7 +13,7 @@ from fastai.vision.models.xresnet import ResBlock, XResNet
 def package_file(package, *path): return Path(find_spec(package).origin).parent.joinpath(*path)
 
 class PartDL(DataLoader):
-    "Batches of tensors in memory; with `n_batches`, an epoch is that many batches drawn anew without replacement"
+    "Batches of tensors in memory; with `n_batches`, an epoch is that many batches drawn again without replacement"
     def __init__(self, tensors, bs, n_batches=None, **kwargs):
         self.tensors, self.n_batches = tensors, n_batches
         super().__init__(range(len(tensors[0])), bs=bs, do_item=noops, device=default_device(), **kwargs)
