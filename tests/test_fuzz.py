@@ -122,7 +122,7 @@ def average_is_replaced(life, p):
     if k: state[k] = life.new(state[k])
 def average_changes_dtype(life, p):
     state, k = avg_of(life, p)
-    if k: state[k].data = state[k].data.to(life.rng.choice(list(ulps)))
+    if k and all(q.grad is not state[k] for q in all_params(life.opt)): state[k].data = state[k].data.to(life.rng.choice(list(ulps)))
 def averages_are_exchanged(life, p):
     q = life.pick(like=p)
     state, k = avg_of(life, p)
