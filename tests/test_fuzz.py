@@ -122,7 +122,7 @@ def average_is_replaced(life, p):
     if k: state[k] = life.new(state[k])
 def average_changes_dtype(life, p):
     state, k = avg_of(life, p)
-    if k: state[k].data = state[k].data.to(life.rng.choice(list(ulps)))
+    if k and all(q.grad is not state[k] for q in all_params(life.opt)): state[k].data = state[k].data.to(life.rng.choice(list(ulps)))
 def averages_are_exchanged(life, p):
     q = life.pick(like=p)
     state, k = avg_of(life, p)
@@ -236,9 +236,9 @@ def snapshot(opt):
     return deepcopy(([p.detach() for p in all_params(opt)], [p.grad.detach() if p.grad is not None else None for p in all_params(opt)],
         [opt.state[p] for p in all_params(opt)], [dict(h) for h in opt.hypers]))
 
-def close(got, want, dtype, msg):
+def close(got, want, dtype, msg, slack=1):
     got, want = got.detach().double(), want.detach().double()
-    tol = dict(rtol=ulps[dtype], atol=ulps[dtype]*max(0.1, want.nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 0.), equal_nan=True)
+    tol = dict(rtol=slack*ulps[dtype], atol=slack*ulps[dtype]*max(0.1, want.nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 0.), equal_nan=True)
     if not torch.allclose(got, want, **tol): torch.testing.assert_close(got, want, msg=lambda m: f'{msg}: {m}', **tol)
 
 def check_step(life):
@@ -256,7 +256,8 @@ def check_step(life):
     ref.step()
     opt.step()
     for i,(p,q) in enumerate(zip(all_params(opt), all_params(ref), strict=True)):
-        close(p, q, p.dtype, f'parameter {i}')
+        l2 = not opt.decouple_wd and p.dtype in (torch.float32, torch.float64) # where wd·p and the gradient cancel, rounding is seen
+        close(p, q, p.dtype, f'parameter {i}', slack=100 if l2 else 1)
         if q.grad is not None: close(p.grad, q.grad, p.dtype, f'gradient {i}')
         s, s2 = opt.state[p], ref.state[q]
         assert s.keys() == s2.keys(), (s.keys(), s2.keys())
