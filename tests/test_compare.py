@@ -327,7 +327,9 @@ def command(out, *args):
 
 def start(out, *args):
     "The command, once it has results"
-    p = subprocess.Popen(command(out, *args), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def before(): signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell's `&` has it ignored
+    p = subprocess.Popen(command(out, *args), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=before)
     end = time.time() + 120
     while time.time() < end and p.poll() is None and not ((out/'results.csv').exists() and (out/'results.csv').read_text().count('\n') > 3): time.sleep(0.02)
     return p
