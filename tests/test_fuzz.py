@@ -75,6 +75,7 @@ def data_reread(life, p):
     n, room = p.numel(), p.data.untyped_storage().nbytes() // p.element_size() - p.storage_offset()
     for size,stride in life.rng.sample([((n,), (1,)), (tuple(p.shape)[::-1], tuple(p.stride())[::-1]), ((2,), (1,)), ((1, n), (1, 1)), ((n, 1), (1, 1)), ((), ())], 6):
         if sum((a-1)*b for a,b in zip(size, stride)) < room and (size, stride) != (tuple(p.shape), p.stride()): break
+    else: return # nothing fits
     p.data = p.data.as_strided(size, stride, p.data.storage_offset())
 def dtype_changes(life, p):
     p.data, p.grad = p.data.to(life.rng.choice(list(ulps))), None
