@@ -10,7 +10,7 @@ import itertools, time
 from importlib.util import find_spec
 
 from fastai.vision.all import *
-from scipy.stats import binom
+from scipy.stats import quantile_test
 from torch.profiler import ProfilerActivity, profile
 from .multi_tensor import fused_step, kernel_step, pick_impl
 from .optimizer import DozatNAdam, NAdam
@@ -21,10 +21,16 @@ from .train import archs, digits_config, make_learner, new_model
 # %% ../nbs/17_bench.ipynb #07ec
 reference, ours = 'AdamW(fused)', ('NAdam', 'DozatNAdam')
 
+def compile_step(opt_func, *args, **kwargs):
+    opt = opt_func(*args, **kwargs)
+    opt.opt.step = torch.compile(opt.opt.step)
+    return opt
+
 def find_peers(
+    opts:str|None=None, # Names, separated by commas; None: all that are installed
     compiled:bool=False # Also those that `torch.compile` makes? Needs a C++ compiler, and minutes for each network
-) -> dict: # Name → `opt_func`
-    "The optimizers to compare: ours, fastai's, PyTorch's, and timm's and HeavyBall's if they are installed"
+) -> dict: # Name → `opt_func`, with the `reference` among them
+    "The optimizers to compare: ours, fastai's, PyTorch's, timm's and HeavyBall's. Raises a `ValueError`"
     def wrap(opt, **kwargs): return partial(OptimWrapper, opt=opt, **kwargs)
     foreach = wrap(torch.optim.NAdam, foreach=True)
     peers = {reference: wrap(torch.optim.AdamW, fused=True), 'NAdam': NAdam, 'DozatNAdam': DozatNAdam,
@@ -33,27 +39,16 @@ def find_peers(
     if find_spec('timm'):
         from timm.optim import NAdamW
         peers['timm NAdamW'] = wrap(NAdamW, foreach=True)
-    if compiled: peers['torch NAdam(compiled)'] = partial(_compiled, foreach)
+    if compiled:
+        os.environ.setdefault('TORCHINDUCTOR_FORCE_DISABLE_CACHES', '1') # else a second run finds the first one's
+        peers['torch NAdam(compiled)'] = partial(compile_step, foreach)
     if compiled and find_spec('heavyball'):
         from heavyball import NAdam as HeavyBallNAdam
-        peers['HeavyBall NAdam'] = partial(_keep_grads, wrap(HeavyBallNAdam))
-    return peers
-
-def _compiled(opt_func, ps, **kwargs):
-    os.environ.setdefault('TORCHINDUCTOR_FORCE_DISABLE_CACHES', '1') # else a second run finds the first one's
-    opt = opt_func(ps, **kwargs)
-    opt.opt.step = torch.compile(opt.opt.step)
-    return opt
-
-def _keep_grads(opt_func, ps, **kwargs):
-    "HeavyBall takes the gradients away in its step: give them back before each"
-    opt, gs = opt_func(ps, **kwargs), [p.grad for p in ps]
-    step = opt.opt.step
-    def step_again():
-        for p,g in zip(ps, gs): p.grad = g
-        step()
-    opt.opt.step = step_again
-    return opt
+        peers['HeavyBall NAdam'] = wrap(HeavyBallNAdam)
+    names = [o.strip() for o in opts.split(',')] if opts else list(peers)
+    for o in names:
+        if o not in peers: raise ValueError(f"opts must be among {', '.join(peers)}, got {o!r}")
+    return {k: v for k,v in peers.items() if k in [reference, *names]}
 
 # %% ../nbs/17_bench.ipynb #11ec
 def net_shapes(
@@ -92,39 +87,33 @@ def time_call(
         total += time.perf_counter() - start
     return total / n
 
+def in_turns(
+    f, # Function of a name
+    names:list, # What to call it with
+    rounds:int # How often
+) -> pd.DataFrame: # What it gave; a column for each name, a row for each round
+    "Call a function with each name in turn, in random order"
+    names = list(names)
+    return pd.DataFrame([{k: f(k) for k in random.sample(names, len(names))} for _ in range(rounds)])[names]
+
 def interleave(
     fs:dict, # Name → function without arguments
     rounds:int=20, # How often to time each
     device:str='cpu', # See `time_call`
     before=noop # See `time_call`
 ) -> pd.DataFrame: # Seconds of a call; a column for each function, a row for each round
-    "Time functions in turns, in random order"
+    "Time functions in turns, each call at least 5 ms"
     n = {k: max(1, math.ceil(0.005 / min(time_call(f, 1, device, before) for _ in range(3)))) for k,f in fs.items()}
-    turns = (random.sample(list(fs), len(fs)) for _ in range(rounds))
-    return pd.DataFrame([{k: time_call(fs[k], n[k], device, before) for k in turn} for turn in turns])[list(fs)]
+    return in_turns(lambda k: time_call(fs[k], n[k], device, before), fs, rounds)
 
 # %% ../nbs/17_bench.ipynb #20ec
-def median_interval(
-    x # Numbers
-) -> tuple: # Low and high; nan if there are fewer than six
-    "The interval that holds the true median in 95 % of cases, whatever the distribution"
-    x, k = sorted(x), int(binom.ppf(0.025, len(x), 0.5)) - 1
-    return (x[k], x[-k-1]) if k >= 0 else (math.nan, math.nan)
-
 def ratios(
     times:pd.DataFrame # From `interleave`, or another with a row for each round
-) -> pd.DataFrame: # A row for each optimizer: `ratio`, the median, and its interval from `low` to `high`
+) -> pd.DataFrame: # A row for each optimizer: `ratio`, the median, and its 95 % interval from `low` to `high`
     "Times as multiples of the reference's, round by round"
     r = times.div(times[reference], axis=0)
-    low, high = zip(*(median_interval(r[k]) for k in r))
-    return pd.DataFrame(dict(ratio=r.median(), low=low, high=high), index=list(r))
-
-def in_words(
-    o, # A row of `ratios`
-) -> str:
-    "'slower', 'faster' or 'within noise'"
-    if math.isnan(o.low): return 'too few rounds'
-    return 'slower' if o.low > 1 else 'faster' if o.high < 1 else 'the same' if o.low == o.high else 'within noise'
+    rows = {k: (r[k].median(), *quantile_test(r[k], p=0.5).confidence_interval()) for k in r}
+    return pd.DataFrame(rows, index=['ratio', 'low', 'high']).T
 
 # %% ../nbs/17_bench.ipynb #19ec
 def extra_memory(
@@ -156,48 +145,54 @@ def bench_step(
     ps, numel = new_params(shapes, device, dtype), sum(map(math.prod, shapes))
     opts = {k: f(ps, lr=1e-4) for k,f in (peers or find_peers()).items()}
     grads = [p.grad for p in ps]
-    def refill():
-        # zeroed ones would let the averages shrink to denormal numbers, which are slow
-        for p,g in zip(ps, grads): p.grad = g.fill_(1e-3)
-    first = {k: 5*time_call(o.step, 5, device, refill) for k,o in opts.items()}
-    memory = {k: extra_memory(o.step, device) for k,o in opts.items() if refill() is None}
+    def give_grads(): # which HeavyBall's step takes away, and `OptimWrapper`'s zero_grad
+        for p,g in zip(ps, grads): p.grad = g
+    first = {k: 5*time_call(o.step, 5, device, give_grads) for k,o in opts.items()}
+    memory = {k: extra_memory(o.step, device) for k,o in opts.items() if give_grads() is None}
     part = min(numel, 50_000_000)
     x, y = (torch.rand(part, device=device, dtype=dtype) for _ in range(2))
-    refill()
-    times = interleave({**{k: o.step for k,o in opts.items()}, 'add': lambda: x.add_(y)}, rounds, device)
+    times = interleave({**{k: o.step for k,o in opts.items()}, 'add': lambda: x.add_(y)}, rounds, device, give_grads)
     floor = times.pop('add').median() * 7/3 * numel/part
-    def zero(k): return time_call(opts[k].zero_grad, 1, device, refill)
-    zeros = pd.DataFrame([{k: zero(k) for k in random.sample(list(opts), len(opts))} for _ in range(rounds)])
+    zeros = in_turns(lambda k: time_call(opts[k].zero_grad, 1, device, give_grads), opts, rounds)
     mid = times.median()
     return ratios(times).assign(step_ms=1000*mid, both_ms=1000*(mid + zeros.median()), floor=mid/floor,
         extra_mib=pd.Series(memory)/2**20, first_s=pd.Series(first)).rename_axis('opt')
 
 # %% ../nbs/17_bench.ipynb #25ec
-def show_steps(
-    df:pd.DataFrame # From `bench_step`, or one case of `bench_cases`
-) -> pd.DataFrame:
+titles = dict(step_ms='step, ms', batch_ms='batch, ms', ratio='AdamW', interval='95 %', both_ms='with zero_grad, ms',
+    floor='floor', extra_mib='MiB more', first_s='5 first steps, s', opt_ms='step and zero_grad, ms',
+    share='of the batch, %')
+
+def show_table(
+    df:pd.DataFrame # From `bench_step` or `bench_training`
+) -> pd.DataFrame: # Of strings
     "The figures as one reads them"
-    def span(o): return '' if math.isnan(o.low) or o.low == o.high else f'{o.low:.2f} to {o.high:.2f}'
-    def num(k, digits): return df[k].map(lambda x: f'{x:.{digits}f}' if abs(x) < 100 else f'{x:.0f}')
-    return pd.DataFrame({'step, ms': num('step_ms', 2), 'AdamW': num('ratio', 2), '95 %': df.apply(span, axis=1),
-        'that is': df.apply(in_words, axis=1), 'with zero_grad, ms': num('both_ms', 2), 'floor': num('floor', 2),
-        'MiB more': num('extra_mib', 1), '5 first steps, s': num('first_s', 1)}).set_axis(df.get('opt', df.index))
+    res = df.apply(lambda col: [f'{x:.2f}' if abs(x) < 100 else f'{x:.0f}' for x in col])
+    spans = [f'{a} to {b}' if a != b else '' for a,b in zip(res.low, res.high)]
+    return res.assign(interval=spans)[[k for k in titles if k in [*df, 'interval']]].rename(columns=titles)
+
+def print_table(
+    title:str, # What was measured
+    df:pd.DataFrame # See `show_table`
+):
+    "Print the figures"
+    print(f'\n{title}\n{show_table(df).to_string()}', flush=True)
 
 # %% ../nbs/17_bench.ipynb #27ec
 def bench_cases(
     cases:dict, # Name → shapes of the parameters
-    show=noop, # Called with the table of each, as soon as it is there
+    peers:dict|None=None, # See `bench_step`
+    show=noop, # Called with a title and the table of each, as soon as it is there
     **kwargs # Of `bench_step`
-) -> pd.DataFrame: # The tables of `bench_step`, with columns `case`, `tensors` and `parameters`
+) -> pd.DataFrame: # The tables of `bench_step`, with columns `opt`, `case`, `tensors` and `parameters`
     "What a step costs for several lists of shapes. Above 100 million parameters, for NAdam and the reference only"
-    peers = kwargs.pop('peers', None) or find_peers()
-    res = []
+    peers, res = peers or find_peers(), []
     for case,shapes in cases.items():
         n = sum(map(math.prod, shapes))
-        some = peers if n <= 100e6 else {k: v for k,v in peers.items() if k in (reference, 'NAdam')}
-        df = bench_step(shapes, some, **kwargs).reset_index()
-        res.append(df.assign(case=case, tensors=len(shapes), parameters=n))
-        show(res[-1])
+        some = {k: v for k,v in peers.items() if n <= 100e6 or k in (reference, 'NAdam')}
+        df = bench_step(shapes, some, **kwargs)
+        show(f'{case}: {len(shapes):,} tensors, {n:,} parameters', df)
+        res.append(df.reset_index().assign(case=case, tensors=len(shapes), parameters=n))
     return pd.concat(res, ignore_index=True)
 
 def growing() -> dict: # Name → shapes
@@ -228,142 +223,57 @@ def plot_steps(
     axs[0][0].invert_yaxis()
     return fig
 
-def plot_growth(
-    df:pd.DataFrame # From `bench_cases`, of `growing`
-) -> plt.Figure:
-    "Step times over the number of parameters, and over the number of tensors"
-    fig, axs = plt.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
-    some = df[(df.tensors == 100) & (df.parameters >= 1e6)], df[df.parameters == 100*df.tensors]
-    styles = {reference: dict(color='k', ls='--', lw=2), 'NAdam': dict(color='C0', marker='o', lw=2),
-        'DozatNAdam': dict(color='C0', marker='s', ls=':', lw=2)}
-    for ax,x,d in zip(axs, ('parameters', 'tensors'), some):
-        for i,(o,g) in enumerate(d.groupby('opt', sort=False)):
-            ax.plot(g[x], 1e6*g.step_ms/g[x], label=o, **styles.get(o, dict(color='0.6', marker='^Dv*Xp<>'[i%8], lw=1)))
-        ax.set(title=f'Time of a step for each of the {x}', xscale='log', yscale='log', ylabel='nanoseconds each',
-            xlabel='parameters, in 100 tensors' if x == 'parameters' else 'tensors, of 100 elements')
-    fig.legend(*axs[1].get_legend_handles_labels(), loc='outside right', fontsize='small')
-    return fig
-
-# %% ../nbs/17_bench.ipynb #36ec
-def kernel_seconds(
-    f # Function without arguments
-) -> float:
-    "Seconds that a call spends in the kernel in C"
-    total, start = 0., 0.
-    def note(frame, event, arg):
-        nonlocal total, start
-        if not event.startswith('c_') or getattr(arg, '__module__', None) != 'fastai_nadam._kernel': return
-        if event == 'c_call': start = time.perf_counter()
-        else: total += time.perf_counter() - start
-    sys.setprofile(note)
-    try: f()
-    finally: sys.setprofile(None)
-    return total
-
-def step_parts(
-    opt, # An optimizer whose parameters have gradients
-    n:int=20 # Steps to take the medians of
-) -> pd.Series: # Milliseconds of a step
-    "Where the time of a step goes: the kernel, other operations of PyTorch, and Python"
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
-    opt.step()
-    rows = []
-    for _ in range(n):
-        total, kernel, other = time_call(opt.step), kernel_seconds(opt.step), 0.
-        with profile(activities=[ProfilerActivity.CPU]) as prof: opt.step()
-        for e in prof.key_averages():
-            if e.key == 'aten::_fused_adamw_': kernel += e.self_cpu_time_total/1e6
-            elif e.key.startswith('aten::'): other += e.self_cpu_time_total/1e6
-        rows.append({'kernel': kernel, 'other operations': other, 'Python': max(0., total-kernel-other)})
-    return 1000*pd.DataFrame(rows).median()
-
-def plot_parts(
-    parts:dict # Name → from `step_parts`
-) -> plt.Axes:
-    "Stacked bars of where the time goes"
-    _, ax = plt.subplots(figsize=(9, 1.5 + 0.4*len(parts)), layout='constrained')
-    pd.DataFrame(parts).T.plot.barh(stacked=True, ax=ax, edgecolor='k', color=['#08306b', '#6baed6', '#e6eff9'])
-    ax.legend(loc='center left', bbox_to_anchor=(1, 0.5))
-    ax.invert_yaxis()
-    ax.set(title='Where the time of a step goes', xlabel='milliseconds')
-    return ax
-
 # %% ../nbs/17_bench.ipynb #41ec
-class TrainingTimer(ShortEpochCallback):
-    "Stop an epoch after `n` batches, and note the seconds of a batch, and of `step` and `zero_grad` in it"
+class TrainingTimer(Callback):
+    "Note the seconds of a batch, and of `step` and `zero_grad` in it, in an epoch of `n` batches without validation"
     order, run_valid = -5, False
     def __init__(self, n): self.n = n
-    def _now(self):
+    def now(self):
         if self.dls.device.type == 'cuda': torch.cuda.synchronize()
         return time.perf_counter()
-    def before_train(self): self.in_opt, self.begun = 0., self._now()
-    def before_step(self): self.step_begun = self._now()
+    def before_train(self): self.in_opt, self.begun = 0., self.now()
+    def before_step(self): self.step_begun = self.now()
     def after_batch(self):
-        self.in_opt += self._now() - self.step_begun # called after step and zero_grad
+        self.in_opt += self.now() - self.step_begun # called after step and zero_grad
         if self.iter+1 == self.n: raise CancelTrainException()
-    def after_train(self): self.batch, self.in_opt = (self._now() - self.begun)/self.n, self.in_opt/self.n
+    def after_train(self): self.seconds = (self.now() - self.begun)/self.n, self.in_opt/self.n
     def before_validate(self): raise CancelValidException()
 
 def bench_training(
     peers:dict|None=None, # Name → `opt_func`, with the `reference` among them; None: all of `find_peers`
     rounds:int=20, # How often to time each
     arch:str='xresnet34', # Network
-    size:int=digits_config['size'], # Side of the images, in pixels
-    bs:int=digits_config['bs'], # Images per batch
     device:str='cpu' # Where to train
 ) -> pd.DataFrame: # A row for each optimizer, medians, and what `ratios` gives for a batch
     "What a batch of `nadam-train` on the digits takes under each optimizer, and how much of it is the optimizer's"
-    dls = get_dls('digits', size, bs).to(torch.device(device))
+    dls = get_dls('digits', digits_config['size'], digits_config['bs']).to(torch.device(device))
     learns = {k: make_learner(dls, arch, f, cbs=TrainingTimer(2)) for k,f in (peers or find_peers()).items()}
-    def run(learn):
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-        return learn.training_timer.batch, learn.training_timer.in_opt
-    for o in learns.values(): run(o)
-    rows = [{k: run(learns[k]) for k in random.sample(list(learns), len(learns))} for _ in range(rounds)]
-    batch, opt = (pd.DataFrame([{k: o[k][i] for k in learns} for o in rows]) for i in (0, 1))
-    res = ratios(batch).assign(batch_ms=1000*batch.median(), opt_ms=1000*opt.median(), share=(opt/batch).median())
-    return res.rename_axis('opt')
-
-def show_training(
-    df:pd.DataFrame # From `bench_training`
-) -> pd.DataFrame:
-    "The figures as one reads them"
-    return pd.DataFrame({'batch, ms': df.batch_ms.round(1), 'AdamW': df.ratio.round(3),
-        '95 %': [f'{o.low:.3f} to {o.high:.3f}' if o.low < o.high else '' for o in df.itertuples()],
-        'that is': df.apply(in_words, axis=1), 'step and zero_grad, ms': df.opt_ms.round(1),
-        'of the batch': df.share.map('{:.1%}'.format)})
+    def run(k):
+        with learns[k].no_bar(), learns[k].no_logging(): learns[k].fit(1, 1e-3)
+        return learns[k].training_timer.seconds
+    in_turns(run, learns, 1) # the first time is slower
+    runs = in_turns(run, learns, rounds)
+    batch, opt = (runs.apply(lambda col: col.str[i]) for i in (0, 1))
+    res = ratios(batch).assign(batch_ms=1000*batch.median(), opt_ms=1000*opt.median())
+    return res.assign(share=100*(opt/batch).median()).rename_axis('opt')
 
 # %% ../nbs/17_bench.ipynb #44ec
 dtypes = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, float64=torch.float64)
 
-def choose_peers(
-    opts:str|None=None, # Names, separated by commas; None: all
-    compiled:bool=False # See `find_peers`
-) -> dict: # Name → `opt_func`, with the `reference` among them
-    "The optimizers of these names. Raises a `ValueError` if one is not there"
-    peers = find_peers(compiled)
-    names = [o.strip() for o in opts.split(',')] if opts else list(peers)
-    for o in names:
-        if o not in peers: raise ValueError(f"opts must be among {', '.join(peers)}, got {o!r}")
-    return {k: v for k,v in peers.items() if k in names or k == reference}
-
-def check_file(k, file, suffix=None):
-    "Check that `file` can be written to, before anything is measured"
-    if not file: return
-    if not Path(file).absolute().parent.is_dir(): raise ValueError(f"{k}: no such folder: {str(Path(file).parent)!r}")
-    if Path(file).is_dir() or (suffix and Path(file).suffix != suffix):
-        raise ValueError(f"{k} must be a file{f' whose name ends in {suffix}' if suffix else ''}, got {file!r}")
-
-def check_device(device, dtype, training):
-    "The device to measure on; raises a `ValueError` if it or the dtype cannot be"
+def check_device(device, dtype):
+    "The device to measure on. Raises a `ValueError` if it or the dtype cannot be"
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device not in ('cpu', 'cuda'): raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if device == 'cuda' and not torch.cuda.is_available(): raise ValueError("device: there is no CUDA GPU")
     if dtype not in dtypes: raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     if pick_impl(device, dtypes[dtype]) not in (kernel_step, fused_step):
         raise ValueError(f"PyTorch {torch.__version__} has no fused AdamW for {dtype} on {device}, to compare with")
-    if training and dtype != 'float32': raise ValueError(f"training is for float32, got dtype {dtype!r}")
     return device
+
+def check_file(k, file, end=''):
+    "Check that `file` can be written to, before anything is measured. Raises a `ValueError`"
+    if file and not (file.endswith(end) and Path(file).absolute().parent.is_dir() and not Path(file).is_dir()):
+        raise ValueError(f"{k} must be a{end and f' {end}'} file in a folder that exists, got {file!r}")
 
 # %% ../nbs/17_bench.ipynb #44ed
 def bench(
@@ -376,52 +286,39 @@ def bench(
     device:str=None, # cpu or cuda; not given: a GPU if there is one
     dtype:str='float32', # Of parameters and gradients: float32, bfloat16, float16 or float64
     growth:bool=False, # Also how the cost grows, to 500 million parameters and 10,000 tensors; needs 16 GB of memory
-    training:bool=False, # Also a batch of nadam-train under each optimizer
+    training:bool=False, # Also a batch of nadam-train under each optimizer, in float32
     json:str=None, # File for the figures
     plot:str=None # File for a plot, .png
 ) -> dict: # Name → DataFrame
     "What a step of NAdam costs beside other optimizers, as multiples of PyTorch's fused AdamW"
     check_int('rounds', rounds)
-    device = check_device(device, dtype, training)
+    device = check_device(device, dtype)
     check_file('json', json)
     check_file('plot', plot, '.png')
-    peers = choose_peers(opts, compiled)
+    peers = find_peers(opts, compiled)
     if tensors is None: cases = {o.strip(): net_shapes(o.strip()) for o in nets.split(',')}
     else:
         check_int('tensors', tensors)
         check_int('numel', numel)
         cases = {f'{tensors:,} x {numel:,}': [(numel,)]*tensors}
-    kw = dict(device=device, dtype=dtypes[dtype], rounds=rounds, show=print_steps)
+    kw = dict(show=print_table, rounds=rounds, device=device, dtype=dtypes[dtype])
     name = torch.cuda.get_device_name() if device == 'cuda' else f'cpu, {torch.get_num_threads()} threads'
     impl = NAdam(new_params([(1,)], device, dtypes[dtype]), 0.).impl
     print(f"{name}, {dtype}, torch {torch.__version__}, {rounds} rounds; NAdam's step: {impl}", flush=True)
-    res = dict(steps=bench_cases(cases, peers=peers, **kw))
+    res = dict(steps=bench_cases(cases, peers, **kw))
     plain = {k: v for k,v in peers.items() if k in find_peers()} # compiling again for each size would take hours
-    if growth: res['growth'] = bench_cases(growing(), peers=plain, **kw)
+    if growth: res['growth'] = bench_cases(growing(), plain, **kw)
     if training:
-        res['training'] = bench_training(plain, rounds, device=device)
-        print(f"\na batch of nadam-train\n{show_training(res['training']).to_string()}", flush=True)
-    if json: save_figures(Path(json), res, dict(device=name, dtype=dtype, rounds=rounds, versions=versions()))
+        df = bench_training(plain, rounds, device=device)
+        print_table('a batch of nadam-train, float32', df)
+        res['training'] = df.reset_index()
+    if json:
+        rows = {k: df.to_dict('records') for k,df in res.items()}
+        save_json(dict(device=name, dtype=dtype, rounds=rounds, versions=versions(), **rows), Path(json))
     if plot: save_fig(plot_steps(res['steps']), Path(plot))
     return res
 
 # %% ../nbs/17_bench.ipynb #44ee
-def print_steps(
-    df:pd.DataFrame # One table of `bench_cases`
-):
-    "Print a table"
-    r = df.iloc[0]
-    print(f"\n{r.case}: {r.tensors:,} tensors, {r.parameters:,} parameters\n{show_steps(df).to_string()}", flush=True)
-
-def save_figures(
-    file:Path, # To write to
-    tables:dict, # Name → DataFrame
-    facts:dict # What they were measured with
-):
-    "Write the figures as JSON"
-    rows = {k: df.reset_index(drop=df.index.name is None).to_dict('records') for k,df in tables.items()}
-    save_json({**facts, **rows}, file)
-
 def main(
     argv:list|None=None # Arguments; None: those of the process
 ) -> int: # Exit code

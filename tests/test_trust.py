@@ -235,6 +235,22 @@ def test_shared_memory_is_stepped_in_order(impl, decouple_wd, share):
     if impl != loop: assert any(b.impl and 3 in b.idxs for b in opt._last[1])
 
 @each_impl
+@pytest.mark.parametrize('decouple_wd', [True, False])
+@pytest.mark.parametrize('pair', ['gradient over its data', 'grad_avg over its gradient', 'grad_avg over its data', 'sqr_avg over its grad_avg'])
+def test_a_parameter_that_lies_partly_over_its_own_tensors(impl, decouple_wd, pair):
+    "PyTorch's operations raise an error then, some of them in the middle of a step"
+    ps = [nn.Parameter(torch.randn(10)) for _ in range(3)]
+    opt = with_impl(NAdam, ps, impl, lr=0.1, decouple_wd=decouple_wd)
+    for p in ps: p.grad = torch.randn(10)
+    for _ in range(3): opt.step()
+    x = torch.randn(12).abs()
+    for o,t in zip(pair.split(' over its '), (x[2:], x[:10])):
+        if o == 'data': ps[1].data = t
+        elif o == 'gradient': ps[1].grad = t
+        else: opt.state[ps[1]][o] = t
+    assert_unchanged_by(opt, ps, opt.step, 'lies partly over its')
+
+@each_impl
 def test_a_gradient_with_the_negative_bit(impl):
     "`z.conj().imag` has the memory of `z.imag`, and a bit that says: with the other sign. Nothing else in the key tells"
     z = torch.randn(1, dtype=torch.complex64)
