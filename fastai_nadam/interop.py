@@ -10,8 +10,8 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
-from .optimizer import NAdamOptimizer, check_hyper
-from .rules import adam_rule, dozat_rule, ruder_rule
+from .optimizer import NAdamOptimizer
+from .rules import adam_rule, check_hyper, dozat_rule, ruder_rule
 
 # %% ../nbs/04_interop.ipynb #07ec
 fastai_names = dict(exp_avg='grad_avg', momentum_buffer='grad_avg', exp_avg_sq='sqr_avg', square_avg='sqr_avg',
