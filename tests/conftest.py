@@ -15,7 +15,7 @@ seed = int(os.environ.get('NADAM_TEST_SEED', random.SystemRandom().randrange(2**
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    "Seed every generator from the run's seed and the test's name, so that a test draws alone what it drew among the others"
+    "Seed every generator from the run's seed and the test's name: a test draws alone what it drew among the others"
     s = random.Random(f'{seed} {request.node.nodeid}').randrange(2**32)
     random.seed(s)
     np.random.seed(s)
@@ -24,7 +24,8 @@ def seeded(request):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item):
     rep = (yield).get_result()
-    if rep.failed: rep.sections.append(('Random inputs', f"to draw the same again: NADAM_TEST_SEED={seed} pytest '{item.nodeid}'"))
+    if rep.failed:
+        rep.sections.append(('Random inputs', f"to draw the same again: NADAM_TEST_SEED={seed} pytest '{item.nodeid}'"))
 
 @pytest.fixture(scope='session')
 def copy_project():

@@ -19,8 +19,10 @@ def test_notebook(project, tmp_path, name):
     nb = project/'nbs'/name
     stored = code(nb)
     test = f"from nbdev.test import nbdev_test; nbdev_test({str(nb)!r}, n_workers=0, save=True)"
-    p = subprocess.run([sys.executable, '-c', test], cwd=project, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    p = subprocess.run([sys.executable, '-c', test], cwd=project, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL,
         env={**os.environ, 'IPYTHONDIR': str(tmp_path), 'OMP_NUM_THREADS': str(os.cpu_count())})
     assert p.returncode == 0, p.stdout + p.stderr
     for old,new in zip(stored, code(nb), strict=True):
-        assert shows(old) == shows(new), f"run {name} again and store its outputs; this cell's are not those of its code:\n{''.join(old['source'])}"
+        assert shows(old) == shows(new), (f"run {name} again and store its outputs; this cell's are not those of its "
+            f"code:\n{''.join(old['source'])}")
