@@ -87,9 +87,10 @@ def test_one_run_at_a_time_in_a_folder(tiny, tmp_path, capsys):
         assert {f: f.read_bytes() for f in (tmp_path/'out').iterdir()} == before
         p.send_signal(signal.SIGCONT)
         p.send_signal(signal.SIGINT)
-        p.communicate(timeout=60)
+        out, err = p.communicate(timeout=60)
     finally: p.kill()
-    assert p.returncode == 130 and names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
+    assert p.returncode == 130, err
+    assert names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
 
 def resumed_elsewhere(path):
     "As if the run had been resumed on a machine that sees no lock of ours, and had ended there"
@@ -134,7 +135,8 @@ def test_a_full_disk(tiny, whole, tmp_path):
     p = start(argv(**tiny, seed=7, out='out'), tmp_path, before=limit)
     out, err = p.communicate(timeout=120)
     assert p.returncode == 2 and err.splitlines()[-1].startswith("nadam-train: cannot write '")
-    assert err.endswith("out/checkpoint.pth': File too large\n") and 'Traceback' not in err and out.endswith('nadam-train --resume out\n')
+    assert err.endswith("out/checkpoint.pth': File too large\n") and 'Traceback' not in err
+    assert out.endswith('nadam-train --resume out\n')
     assert names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
     assert main(['--resume', 'out']) == 0
     same_run(tmp_path/'out', whole)

@@ -86,6 +86,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             raise error
         assert file.read_bytes() == b'two' and list(tmp_path.iterdir()) == [file]
 
+def test_ctrl_c_while_torch_writes(tmp_path):
+    "torch.save makes a RuntimeError of it, wherever it comes but at the end"
+    class Interrupted:
+        def __init__(self, f, n): self.f, self.n = f, n
+        def write(self, b):
+            if not self.n: raise KeyboardInterrupt
+            self.n -= 1
+            return self.f.write(b)
+    for n in range(30):
+        with pytest.raises(KeyboardInterrupt), atomic_save(tmp_path/'file') as f:
+            torch.save(dict(a=torch.randn(1000), b=torch.randn(3)), Interrupted(f, n))
+    assert not list(tmp_path.iterdir())
+
 @pytest.fixture
 def small_disk():
     "No file may be longer than 100 kB"
