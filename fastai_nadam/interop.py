@@ -41,7 +41,7 @@ def _torch_state(p, state, sqr_mom):
     have, want = 1 - state['sqr_mom_prod'], 1 - sqr_mom**state['step']
     if abs(have - want) > 1e-6*want: raise ValueError(
         f"sqr_mom has changed during training: torch.optim.NAdam would divide sqr_avg of the parameter of shape "
-        f"{tuple(p.shape)} by 1 - sqr_mom**step = {want!r}, where {have!r} is right; "
+        f"{tuple(p.shape)} by 1 - sqr_mom**step = {want:.6g}, where {have:.6g} is right; "
         "keep sqr_mom constant, or move later, when both are 1")
     def copied(v): return v.clone() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
     return {k: copied(state[fastai_name(k)]) for k in _state}

@@ -52,18 +52,12 @@ def increment_versions(ps):
         for p in ps: increment_version(p)
 
 # %% ../nbs/02_multi_tensor.ipynb #13ec
-@lru_cache
-def _block_size():
-    "Elements in a block for each thread: four lists in float32 take 1 MiB, or 2 where a core has so much L2 cache"
-    cache = getattr(torch.cpu, 'get_capabilities', dict)().get('l2_cache_size', 0)
-    return 2**17 if cache >= 2**21 else 2**16
-
 def cut_blocks(
     ps:list, gs:list, ms:list, vs:list, # Parameters, gradients, `grad_avg` and `sqr_avg`, all of one dtype and device
-    size:int|None=None # Elements in a block; None: on a CPU what fits into the second-level caches, elsewhere 2²⁰
+    size:int|None=None # Elements in a block; None: on a CPU 2¹⁸ for each thread, elsewhere 2²⁰
 ) -> list: # Of blocks, each a tuple of four lists
     "Cut four lists of tensors into blocks: small tensors are put together, large ones cut into flat views"
-    if size is None: size = _block_size() * torch.get_num_threads() if ps[0].device.type == 'cpu' else 2**20
+    if size is None: size = 2**18 * torch.get_num_threads() if ps[0].device.type == 'cpu' else 2**20
     res, block, n = [], [], 0
     for ts in zip(ps, gs, ms, vs):
         k = ts[0].numel()

@@ -8,7 +8,7 @@ import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
-from fastai_nadam.multi_tensor import _block_size, cut_blocks, fused_step, pick_impl, raw_tensors
+from fastai_nadam.multi_tensor import cut_blocks, fused_step, pick_impl, raw_tensors
 from helpers import all_params, assert_same, copies, gaps, layouts, tols
 from impls import KernelOff, each_impl, loop, needs_kernel, with_impl
 
@@ -60,18 +60,11 @@ def test_any_tensors(impl, specs, opt_func, decouple_wd, wds, split, grad_layout
                     torch.testing.assert_close(p.grad, q.grad, rtol=tols[p.dtype], atol=tols[p.dtype])
     assert_same(fast, slow)
 
-@pytest.fixture
-def two_threads():
-    n = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(n)
-
 @fast_impls
 @pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam])
 @pytest.mark.parametrize('layout', ['plain', 'transposed', 'channels_last'])
-def test_large_tensors_are_cut(impl, opt_func, layout, two_threads):
-    sizes = [(300, 1000), (3, 20, 100, 50), (1000,), (2**17,), (2**17+1,)]
+def test_large_tensors_are_cut(impl, opt_func, layout):
+    sizes = [(300, 1000), (3, 20, 100, 50), (1000,), (2**18,), (2**18+1,)]
     ps = make_params([(s, torch.float32, layout) for s in sizes])
     qs = copies(ps)
     fast, slow = opt_func(ps, 1e-2, **impl), opt_func(qs, 1e-2, **loop)
@@ -86,14 +79,10 @@ def test_layouts_differ_from_plain(layout):
     p, = make_params([((2, 3, 4, 5), torch.float32, layout)])
     assert not p.is_contiguous() and (raw_tensors(p, p, p, p) is None) == (layout == 'gaps')
 
-@pytest.mark.parametrize('cache,n', [({}, 2**16), ({'l2_cache_size': 2**19}, 2**16),
-    ({'l2_cache_size': 5*2**18}, 2**16), ({'l2_cache_size': 2**21}, 2**17)])
-def test_blocks_fit_the_cache(cache, n, monkeypatch, two_threads):
-    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: cache, raising=False)
-    _block_size.cache_clear()
-    t = torch.zeros(2**19)
-    assert {p.numel() for (p,),*_ in cut_blocks([t], [t], [t], [t])} == {2*n}
-    _block_size.cache_clear()
+def test_blocks_have_a_size_for_each_thread(monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    t = torch.zeros(2**20 + 1)
+    assert [p.numel() for (p,),*_ in cut_blocks([t], [t], [t], [t])] == [2**19, 2**19, 1]
 
 def test_blocks_hold_every_element_once():
     sizes = [(3,), (0,), (10, 10), (), (7, 1), (64,)]
