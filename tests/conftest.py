@@ -21,6 +21,12 @@ def seeded(request):
     np.random.seed(s)
     torch.manual_seed(s)
 
+@pytest.fixture(scope='session')
+def all_cores():
+    "The environment of a process that may use this worker's share of the cores"
+    n = os.cpu_count() // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
+    return {**os.environ, 'OMP_NUM_THREADS': str(max(1, n))}
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item):
     rep = (yield).get_result()

@@ -278,9 +278,10 @@ def test_wheel_has_the_facts_of_settings_ini(dist):
 def test_wheel_runs_in_an_empty_environment(dist, tmp_path):
     "Empty but for what the requirements bring, which is borrowed from the environment of the tests"
     env = tmp_path/'env'
-    venv.create(env, with_pip=True)
+    venv.create(env)
     bin = env/('Scripts' if os.name == 'nt' else 'bin')
-    run(bin/'python', '-m', 'pip', 'install', '--no-deps', '--no-index', next(dist.glob('*.whl')))
+    run(sys.executable, '-m', 'pip', '--python', bin/'python', 'install', '--no-deps', '--no-index',
+        next(dist.glob('*.whl')))
     site = Path(run(bin/'python', '-c', "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     (site/'borrowed.pth').write_text('\n'.join({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}))
     alone = dict(cwd=tmp_path, env={k: v for k,v in os.environ.items()
@@ -313,7 +314,7 @@ def test_readme_opens_with_the_two_commands():
     text = (root/'README.md').read_text(encoding='utf-8')
     assert text.index(tests) < text.index('\n## ')
     assert train.endswith(' && .venv/bin/nadam-train') and 'nadam-train' in settings['console_scripts']
-    assert tests.endswith("'.[dev]' && .venv/bin/pytest") and 'dev' in settings['extras']
+    assert tests.endswith("'.[dev]' && .venv/bin/pytest -n 2") and 'dev' in settings['extras']
 
 @pytest.mark.skipif(os.name == 'nt', reason='a bash script')
 @pytest.mark.parametrize('status', [0, 1])
@@ -334,7 +335,7 @@ def test_ci_runs_the_command_of_the_readme(tmp_path, status):
     (here/'.venv/stale').touch()
     p = subprocess.run(['bash', '.ci/run'], cwd=here, capture_output=True, text=True,
         env={**os.environ, 'PATH': f"{tmp_path/'bin'}:{os.environ['PATH']}"})
-    assert p.stdout.splitlines() == [commands()[1], 'python3 -m venv .venv', 'pip install -e .[dev]', 'pytest']
+    assert p.stdout.splitlines() == [commands()[1], 'python3 -m venv .venv', 'pip install -e .[dev]', 'pytest -n 2']
     assert p.returncode == status, p.stderr
     assert not (here/'.venv/stale').exists()
 
