@@ -18,8 +18,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Lookahead, Optimizer, OptimWrapper, adam_step, l2_reg, lamb_step, radam_step, weight_decay
 from fastcore.basics import patch
 from .interop import fastai_name
-from .optimizer import check_hyper
-from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
+from .rules import adam_rule, check_hyper, dozat_rule, ruder_rule, running_prod
 from .steppers import dozat_step, nadam_step
 
 # %% ../nbs/05_insight.ipynb #12ec
@@ -286,12 +285,12 @@ def plot(self:UpdateStats,
     ax0.set(title=title, xlabel='step', yticks=ticks, yticklabels=r.index[ticks])
     ax0.figure.colorbar(im, ax=ax0, extend='both', label='update ratio ‖Δp‖/‖p‖').ax.axhline(1e-3, color='w', ls='--')
     for i,row in enumerate(r.to_numpy()):
-        label = {0: 'first layer', n-1: 'last layer'}.get(i)
-        ax1.plot(steps, row, color=plt.cm.viridis(i/max(n-1, 1)), lw=0.8, label=label)
+        look = {0: dict(label='first layer', ls='-.', lw=2), n-1: dict(label='last layer', ls=':', lw=2)}.get(i, {})
+        ax1.plot(steps, row, color=plt.cm.viridis(i/max(n-1, 1)), **{'lw': 0.8, **look})
     ax1.plot(steps, r.median(), 'k', lw=2, label='median')
     ax1.axhline(1e-3, color='k', ls='--', lw=1, label='rule of thumb: 1e-3')
     ax1.set(yscale='log', title='the same, a line for each layer', xlabel='step', ylabel='update ratio ‖Δp‖/‖p‖')
-    ax1.legend(fontsize='small', loc='lower right')
+    ax1.legend(fontsize='small', loc='lower center')
     for ax in (ax0, ax1): ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
 
 # %% ../nbs/05_insight.ipynb #52ec

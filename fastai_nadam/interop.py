@@ -10,8 +10,8 @@ from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
-from .optimizer import NAdamOptimizer, check_hyper
-from .rules import adam_rule, dozat_rule, ruder_rule
+from .optimizer import NAdamOptimizer
+from .rules import adam_rule, check_hyper, dozat_rule, ruder_rule
 
 # %% ../nbs/04_interop.ipynb #07ec
 fastai_names = dict(exp_avg='grad_avg', momentum_buffer='grad_avg', exp_avg_sq='sqr_avg', square_avg='sqr_avg',
@@ -41,7 +41,7 @@ def _torch_state(p, state, sqr_mom):
     have, want = 1 - state['sqr_mom_prod'], 1 - sqr_mom**state['step']
     if abs(have - want) > 1e-6*want: raise ValueError(
         f"sqr_mom has changed during training: torch.optim.NAdam would divide sqr_avg of the parameter of shape "
-        f"{tuple(p.shape)} by 1 - sqr_mom**step = {want!r}, where {have!r} is right; "
+        f"{tuple(p.shape)} by 1 - sqr_mom**step = {want:.6g}, where {have:.6g} is right; "
         "keep sqr_mom constant, or move later, when both are 1")
     def copied(v): return v.clone() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
     return {k: copied(state[fastai_name(k)]) for k in _state}

@@ -9,9 +9,13 @@ __all__ = ['address_blocks', 'kernel_step', 'fused_step', 'foreach_step', 'raw_t
 import math, os
 from array import array
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate, chain, combinations, pairwise
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+try: from torch._C._dynamo.guards import TensorGuards
+except ImportError: TensorGuards = None
 
 # %% ../nbs/02_multi_tensor.ipynb #23ec
 try: from fastai_nadam import _kernel # after torch, whose threads it shares
@@ -40,19 +44,20 @@ def kernel_step(
     is_double, rows = blocks
     _kernel.step(rows, is_double, torch.get_num_threads(), lr, mom, sqr_mom, eps, wd, l2, a, b, debias2)
 
-# %% ../nbs/02_multi_tensor.ipynb #13ec
-@lru_cache
-def _block_size():
-    "Elements in a block for each thread: four lists in float32 take 1 MiB, or 2 where a core has so much L2 cache"
-    cache = getattr(torch.cpu, 'get_capabilities', dict)().get('l2_cache_size', 0)
-    return 2**17 if cache >= 2**21 else 2**16
+# %% ../nbs/02_multi_tensor.ipynb #13ve
+def increment_versions(ps):
+    "Let autograd know that tensors are written to"
+    try: increment_version(ps)
+    except (RuntimeError, TypeError): # an older PyTorch takes one at a time
+        for p in ps: increment_version(p)
 
+# %% ../nbs/02_multi_tensor.ipynb #13ec
 def cut_blocks(
     ps:list, gs:list, ms:list, vs:list, # Parameters, gradients, `grad_avg` and `sqr_avg`, all of one dtype and device
-    size:int|None=None # Elements in a block; None: on a CPU what fits into the second-level caches, elsewhere 2²⁰
+    size:int|None=None # Elements in a block; None: on a CPU 2¹⁸ for each thread, elsewhere 2²⁰
 ) -> list: # Of blocks, each a tuple of four lists
     "Cut four lists of tensors into blocks: small tensors are put together, large ones cut into flat views"
-    if size is None: size = _block_size() * torch.get_num_threads() if ps[0].device.type == 'cpu' else 2**20
+    if size is None: size = 2**18 * torch.get_num_threads() if ps[0].device.type == 'cpu' else 2**20
     res, block, n = [], [], 0
     for ts in zip(ps, gs, ms, vs):
         k = ts[0].numel()
@@ -164,3 +169,65 @@ def pick_impl(
     auto = foreach is None and fused is None
     if kernels and (fused or auto): return kernels[0]
     return foreach_step if has['foreach'] and (foreach or fused or auto) else None
+
+# %% ../nbs/02_multi_tensor.ipynb #50ae
+avgs = ('grad_avg', 'sqr_avg')
+plain_tensors = {Tensor, nn.Parameter}
+def local(t): return t.to_local() if hasattr(t, 'to_local') else t
+
+def _n_bytes(t): return t.element_size() * (1 + sum((n-1)*s for n,s in zip(t.shape, t.stride()))) if t.numel() else 0
+
+def _span(t):
+    "Addresses of the first element of `t` and behind its last"
+    t = local(t)
+    if t.device.type not in ('cpu', 'cuda'): return 0, 0 # there an address may be no more than a name
+    return t.data_ptr(), t.data_ptr() + _n_bytes(t)
+
+def check_tensors(p, g, state):
+    "Raise a `ValueError` if parameter `p` cannot be stepped with gradient `g` and its `state`"
+    def fail(msg): raise ValueError(f"parameter of shape {tuple(p.shape)} on {p.device} has {msg}")
+    if g.layout != torch.strided: fail(f"a gradient of layout {g.layout!r}: sparse gradients are not supported")
+    if p.layout != torch.strided: fail(f"layout {p.layout!r}, which is not supported")
+    if g.shape != p.shape or g.device != p.device: fail(f"a gradient of shape {tuple(g.shape)} on {g.device}")
+    ts = {'gradient': g, 'data': p, **{k: state[k] for k in avgs if state.get(k) is not None}}
+    for k,t in ts.items():
+        if not isinstance(t, Tensor) or t.layout != torch.strided: fail(f"a {k} that is no dense tensor: {t!r}")
+        if t.shape != p.shape: fail(f"a {k} of shape {tuple(t.shape)}; call clear_state() after changing a shape")
+        if not t.numel(): continue
+        if k != 'gradient' and any(s == 0 and n > 1 for s,n in zip(t.stride(), t.shape)):
+            fail(f"a {k} that is expanded; give it memory by clone()")
+        end = t.storage_offset()*t.element_size() + _n_bytes(t)
+        if type(t) in plain_tensors and t.untyped_storage().nbytes() < end:
+            fail(f"a {k} whose memory was taken away, by resize_() of its storage")
+    dense = {k: (*_span(t), t.stride()) for k,t in ts.items() if torch.ops.aten.is_non_overlapping_and_dense(local(t))}
+    for (k,(a,b,s)),(other,(c,d,u)) in combinations(dense.items(), 2):
+        if a < d and c < b and (a,s) != (c,u): fail(f"a {k} that lies partly over its {other}; clone() one of them")
+
+# %% ../nbs/02_multi_tensor.ipynb #50be
+def shared_rows(rows, l2):
+    "Positions of the `rows` (parameter, gradient, averages) of which memory is shared, where a step writes to it"
+    spans = [(*_span(t), l2 or k != 1, j) for j,ts in enumerate(rows) for k,t in enumerate(ts)]
+    res, run, last = set(), [], 0
+    for start,end,writes,j in [*sorted(o for o in spans if o[0] < o[1]), (math.inf, math.inf, False, 0)]:
+        if start >= last:
+            if len(run) > 1 and any(writes for writes,_ in run): res.update(j for _,j in run)
+            run = []
+        run.append((writes, j))
+        last = max(end, last)
+    return res
+
+# %% ../nbs/02_multi_tensor.ipynb #50ce
+def guards(ts):
+    "What tensors look like, but not where they are: `.check(*ts)` compares it with others. None: there is no telling"
+    try: return TensorGuards(*ts, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except (TypeError, ValueError, RuntimeError): return # not there, or the same tensor twice
+
+def are_ordinary(ts):
+    "Are parameters like their gradients and averages, contiguous, and each in memory of its own?"
+    n = len(ts)//4
+    ps = [p.detach() for p in ts[:n]]
+    like = guards(ps)
+    if not (like and all(like.check(*ts[k:k+n]) for k in (n, 2*n, 3*n))): return False
+    if not all(map(Tensor.is_contiguous, ps)) or any(map(Tensor.is_neg, ps)): return False
+    spans = sorted(zip(map(Tensor.data_ptr, ts), map(Tensor.nbytes.__get__, ts)))
+    return all(a and a+m <= b for (a,m),(b,_) in pairwise(spans))

@@ -11,17 +11,15 @@ from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from functools import partial
-from itertools import pairwise
-from operator import eq
 
 import numpy as np, torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
-from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
-from .multi_tensor import address_blocks, cut_blocks, kernel_step, pick_impl, raw_tensors
+from .rules import adam_rule, check_flag, check_hyper, check_number, dozat_rule, ruder_rule, running_prod
+from .multi_tensor import (address_blocks, are_ordinary, avgs, check_tensors, cut_blocks, guards,
+    increment_versions, kernel_step, local, pick_impl, plain_tensors, raw_tensors, shared_rows)
 from .steppers import nadam_step
 
 # %% ../nbs/03_optimizer.ipynb #15ec
@@ -59,34 +57,6 @@ def DozatNAdam(
     hypers = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, mom_decay=mom_decay)
     return NAdamOptimizer(params, dozat_rule, decouple_wd, foreach, fused, **hypers)
 
-# %% ../nbs/03_optimizer.ipynb #07ec
-_avgs = ('grad_avg', 'sqr_avg')
-_not_a_number = TypeError, ValueError, OverflowError, RuntimeError # what float(x) may raise
-_allowed = {**dict.fromkeys(('lr', 'eps', 'wd'), ('a finite number ≥ 0', lambda x: 0 <= x < math.inf)),
-    **dict.fromkeys(('mom', 'sqr_mom'), ('in [0, 1)', lambda x: 0 <= x < 1)),
-    'mom_decay': ('a number ≥ 0 or inf', lambda x: x >= 0)}
-
-def check_hyper(
-    k:str, # Name of the hyper
-    v # Its value; may be a numpy float, as fastai's schedules give
-) -> float: # The value as a plain float. A hyper that NAdam does not know comes back as it is
-    "Check the value of a hyper-parameter. Raises a `ValueError` if it is not allowed"
-    if k not in _allowed: return v
-    what, ok = _allowed[k]
-    try: x = float(v)
-    except _not_a_number: raise ValueError(f"{k} must be {what}, got {v!r}") from None
-    if not ok(x): raise ValueError(f"{k} must be {what}, got {x!r}")
-    return x
-
-def check_flag(
-    k:str, # Name of the flag
-    v, # Its value
-    none:bool=False # May it be None?
-): # The value
-    "Check the value of a flag. Raises a `ValueError` if it is not allowed"
-    if isinstance(v, bool) or (none and v is None): return v
-    raise ValueError(f"{k} must be {'None, ' if none else ''}True or False, got {v!r}")
-
 # %% ../nbs/03_optimizer.ipynb #10ec
 def _check_params(params):
     "`params` as a list of parameter groups; raises a `TypeError` or `ValueError` that says what to pass"
@@ -108,29 +78,6 @@ def _check_params(params):
     if len({id(p) for p in ps}) < len(ps):
         raise ValueError("params has the same parameter twice; pass each parameter in one group only")
     return L(L(pg) for pg in groups)
-
-# %% ../nbs/03_optimizer.ipynb #11ec
-_plain = Tensor, nn.Parameter
-
-def _span(t):
-    "Bytes from the first element of `t` to its last"
-    return t.element_size() * (1 + sum((n-1)*s for n,s in zip(t.shape, t.stride())))
-
-def _check_tensors(p, g, state):
-    "Raise a `ValueError` if parameter `p` cannot be stepped with gradient `g` and its `state`"
-    def fail(msg): raise ValueError(f"parameter of shape {tuple(p.shape)} on {p.device} has {msg}")
-    if g.layout != torch.strided: fail(f"a gradient of layout {g.layout!r}: sparse gradients are not supported")
-    if p.layout != torch.strided: fail(f"layout {p.layout!r}, which is not supported")
-    if g.shape != p.shape or g.device != p.device: fail(f"a gradient of shape {tuple(g.shape)} on {g.device}")
-    for k,t in (('gradient', g), ('data', p), *((k, state.get(k)) for k in _avgs)):
-        if t is None: continue
-        if not isinstance(t, Tensor) or t.layout != torch.strided: fail(f"a {k} that is no dense tensor: {t!r}")
-        if t.shape != p.shape: fail(f"a {k} of shape {tuple(t.shape)}; call clear_state() after changing a shape")
-        if not t.numel(): continue
-        if k != 'gradient' and any(s == 0 and n > 1 for s,n in zip(t.stride(), t.shape)):
-            fail(f"a {k} that is expanded; give it memory by clone()")
-        if type(t) in _plain and t.untyped_storage().nbytes() < t.storage_offset()*t.element_size() + _span(t):
-            fail(f"a {k} whose memory was taken away, by resize_() of its storage")
 
 # %% ../nbs/03_optimizer.ipynb #13ec
 class NAdamOptimizer(Optimizer):
@@ -183,7 +130,7 @@ class NAdamOptimizer(Optimizer):
 # %% ../nbs/03_optimizer.ipynb #13se
 def _init_state(p, state):
     "Start the averages of `p`, or have them follow where its dtype, device or memory layout has changed"
-    for k in _avgs:
+    for k in avgs:
         t = state.get(k)
         if t is None: state[k] = torch.zeros_like(p.data)
         elif t.dtype != p.dtype or t.device != p.device or t.stride() != p.stride():
@@ -191,8 +138,6 @@ def _init_state(p, state):
             if (t.dtype, t.device, t.stride()) != (new.dtype, new.device, new.stride()): state[k] = new.copy_(t)
 
 # %% ../nbs/03_optimizer.ipynb #20ce
-_look = Tensor.data_ptr, Tensor.size, Tensor.stride, Tensor.dtype.__get__, Tensor.is_neg
-
 class _Batch:
     "Parameters to step together, by their positions in the step; with `impl` None, to step one by one"
     def __init__(self, impl, group, idxs):
@@ -201,66 +146,31 @@ class _Batch:
 
     def in_step(self, states):
         "Do the states still have the numbers that the last step left?"
-        if not self.impl: return True
-        if not self.new: return False
+        if not (self.impl and self.new): return not self.impl
         ss = [states[j] for j in self.idxs]
-        try: return all([s[k] for s in ss].count(v) == len(ss) for k,v in self.new.items())
-        except KeyError: return False
+        return all([s.get(k) for s in ss].count(v) == len(ss) for k,v in self.new.items())
 
 @patch
 def _key(self:NAdamOptimizer, groups, ps, gs, states):
-    "All that batches depend on, besides the numbers in the states; None if a tensor is missing or not plain"
-    try: ts = [*ps, *gs, *(s[k] for k in _avgs for s in states)]
-    except KeyError: return # no averages yet
-    if not {*map(type, ts)} <= {*_plain}: return
-    return [self.foreach, self.fused, groups, [s.get('do_wd') for s in states], len(ts)], ts
-
-def _looks(ts):
-    try: return [list(map(f, ts)) for f in _look]
-    except RuntimeError: return # a sparse tensor has no address
-
-def _same(looks, ts):
-    "Do tensors look as they did? One by one: 80,000 sizes and strides, all kept to the end, call the garbage collector"
-    try: return all(all(map(eq, map(f, ts), old)) for f,old in zip(_look, looks))
-    except RuntimeError: return False
-
-# %% ../nbs/03_optimizer.ipynb #20sf
-def _local(t): return t.to_local() if hasattr(t, 'to_local') else t
-
-def _shared(rows, l2):
-    "Positions of the `rows` (parameter, gradient, averages) of which memory is shared, where a step writes to it"
-    spans = []
-    for j,ts in enumerate(rows):
-        for k,t in enumerate(map(_local, ts)):
-            if t.numel() and t.device.type in ('cpu', 'cuda'): # elsewhere an address may be no more than a name
-                spans.append((t.data_ptr(), t.nbytes if t.is_contiguous() else _span(t), l2 or k != 1, j))
-    res, run, end = set(), [], 0
-    for start,n,writes,j in [*sorted(spans), (math.inf, 0, False, 0)]:
-        if start >= end:
-            if len(run) > 1 and any(writes for writes,_ in run): res.update(j for _,j in run)
-            run = []
-        run.append((writes, j))
-        end = max(end, start+n)
-    return res
+    "What batches depend on, besides looks and numbers in the states, and the tensors; None where there is no telling"
+    try:
+        ts = [*ps, *gs, *(s[k] for k in avgs for s in states)]
+        if {*map(type, ts)} <= plain_tensors:
+            return [self.foreach, self.fused, groups, [s.get('do_wd') for s in states], [*map(Tensor.data_ptr, ts)]], ts
+    except (KeyError, RuntimeError): pass # no averages yet; a sparse gradient, which has no address
+    return None, ()
 
 # %% ../nbs/03_optimizer.ipynb #20si
-def _ordinary(ts, ptrs, sizes, strides, dtypes, negs):
-    "Are parameters like their gradients and averages, contiguous, on one device, and each in memory of its own?"
-    n = len(ts)//4
-    if any(o[:n] != o[k:k+n] for o in (sizes, dtypes) for k in (n, 2*n, 3*n)) or any(negs): return False
-    if not all(map(Tensor.is_contiguous, ts)) or len({*map(Tensor.device.__get__, ts)}) > 1: return False
-    return all(a and a+m <= b for (a,m),(b,_) in pairwise(sorted(zip(ptrs, map(Tensor.nbytes.__get__, ts)))))
-
 @patch
 def _prepare(self:NAdamOptimizer, ps, gs, states):
     "Check everything, and start what has no state. Returns the positions that have to go through the steppers"
-    for o in zip(ps, gs, states): _check_tensors(*o)
+    for o in zip(ps, gs, states): check_tensors(*o)
     for j,(p,g,state) in enumerate(zip(ps, gs, states)):
         _init_state(p, state)
         if 0 in g.stride() and not g.is_contiguous(): # expanded: L2 decay could not write to it
             p.grad = gs[j] = g.clone(memory_format=torch.contiguous_format)
-    rows = [(p, g, *map(state.get, _avgs)) for p,g,state in zip(ps, gs, states)]
-    return _shared(rows, not self.decouple_wd) | {j for j,row in enumerate(rows) if not raw_tensors(*row)}
+    rows = [(p, g, *map(state.get, avgs)) for p,g,state in zip(ps, gs, states)]
+    return shared_rows(rows, not self.decouple_wd) | {j for j,row in enumerate(rows) if not raw_tensors(*row)}
 
 # %% ../nbs/03_optimizer.ipynb #20sk
 @patch
@@ -276,17 +186,16 @@ def _sort(self:NAdamOptimizer, groups, ps, states, alone):
 @patch
 def _batches(self:NAdamOptimizer, groups, ps, gs, states):
     "Groups, parameters, gradients and states in batches: those of the last step, if they are still right"
-    new = self._key(groups, ps, gs, states)
-    if self._last and new:
-        key, batches, looks = self._last
-        if new[0] == key and _same(looks, new[1]) and all(b.in_step(states) for b in batches): return batches
-    looks, alone = new and _looks(new[1]), ()
-    if not looks or not _ordinary(new[1], *looks):
+    key, ts = self._key(groups, ps, gs, states)
+    if key and self._last:
+        last, batches, looks = self._last
+        if key == last and looks.check(*ts) and all(b.in_step(states) for b in batches): return batches
+    alone = ()
+    if not key or not are_ordinary(ts):
         alone = self._prepare(ps, gs, states)
-        new = self._key(groups, ps, gs, states) # again, as averages may have been started
-        looks = new and _looks(new[1])
-    batches = self._sort(groups, ps, states, alone)
-    self._last = looks and (new[0], batches, looks)
+        key, ts = self._key(groups, ps, gs, states) # again, as averages may have been started
+    batches, looks = self._sort(groups, ps, states, alone), key and guards(ts)
+    self._last = looks and (key, batches, looks)
     return batches
 
 # %% ../nbs/03_optimizer.ipynb #30se
@@ -296,8 +205,8 @@ def step(self:NAdamOptimizer, closure=None):
     "Step every parameter that has a gradient and is not frozen; nothing has changed if this raises a `ValueError`"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
     hypers = [{k: check_hyper(k, v) for k,v in h.items()} for h in self.hypers]
-    def moves(p): return p.grad is not None and (p.requires_grad or not isinstance(p, nn.Parameter))
-    in_groups = [list(filter(moves, pg)) for pg in self.param_lists]
+    in_groups = [[p for p in pg if p.grad is not None and (p.requires_grad or not isinstance(p, nn.Parameter))]
+        for pg in self.param_lists]
     groups, ps = [i for i,pg in enumerate(in_groups) for _ in pg], sum(in_groups, [])
     if not ps: return
     gs, states = [p.grad for p in ps], [self.state[p] for p in ps]
@@ -307,18 +216,12 @@ def step(self:NAdamOptimizer, closure=None):
 @patch
 def _step_one(self:NAdamOptimizer, p, state, hyper):
     "Send one parameter through the steppers. Averages in half precision are rounded after use, as the kernels do"
-    avgs = {k: state[k] for k in _avgs}
-    new = {**state, **{k: v.to(torch.promote_types(v.dtype, torch.float32)) for k,v in avgs.items()}}
+    kept = {k: state[k] for k in avgs}
+    new = {**state, **{k: v.to(torch.promote_types(v.dtype, torch.float32)) for k,v in kept.items()}}
     for cb in self.cbs: new.update(cb(p, **{**new, **hyper}) or {})
-    state.update(new, **{k: v.copy_(new[k]) for k,v in avgs.items()})
+    state.update(new, **{k: v.copy_(new[k]) for k,v in kept.items()})
 
 # %% ../nbs/03_optimizer.ipynb #31sg
-def _increment_versions(ps):
-    "Some kernels write behind autograd's back"
-    try: increment_version(ps)
-    except (RuntimeError, TypeError): # an older PyTorch takes one at a time
-        for p in ps: increment_version(p)
-
 @patch
 def _step_batch(self:NAdamOptimizer, batch, hyper, ps, gs, states):
     "Step the parameters of a batch, and leave the same numbers in all of their states"
@@ -330,23 +233,18 @@ def _step_batch(self:NAdamOptimizer, batch, hyper, ps, gs, states):
     a, b, new = self.rule(**{**first, **hyper, 'step': step})
     new.update(step=step, sqr_mom_prod=running_prod(hyper['sqr_mom'], step, first.get('sqr_mom_prod')))
     wd = hyper['wd'] if first.get('do_wd', True) else 0.
-    _increment_versions([ps[j] for j in batch.idxs])
-    blocks = self._blocks(batch, ps, gs, states)
+    increment_versions([ps[j] for j in batch.idxs])
+    blocks = batch.blocks
+    if blocks is None:
+        rows = [(ps[j], gs[j], *map(states[j].get, avgs)) for j in batch.idxs]
+        ts, is_kernel = [[*map(local, o)] for o in zip(*rows)], batch.impl is kernel_step
+        blocks = (address_blocks if is_kernel else cut_blocks)(*ts)
+        if is_kernel: batch.blocks = blocks # addresses are kept, views are not
     wd, l2 = (wd, 0.) if self.decouple_wd else (0., wd)
     hypers = [hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')]
     if blocks: batch.impl(blocks, *hypers, wd, l2, a, b, debias2=1-new['sqr_mom_prod'])
     for j in batch.idxs: states[j].update(new)
     batch.new = new
-
-@patch
-def _blocks(self:NAdamOptimizer, batch, ps, gs, states):
-    "What the implementation of `batch` takes: addresses, which are kept, or views, which are not"
-    if batch.blocks is not None: return batch.blocks
-    ts = zip(*((ps[j], gs[j], *map(states[j].get, _avgs)) for j in batch.idxs))
-    ts = [[_local(t) for t in o] for o in ts]
-    if batch.impl is not kernel_step: return cut_blocks(*ts)
-    batch.blocks = address_blocks(*ts)
-    return batch.blocks
 
 # %% ../nbs/03_optimizer.ipynb #50ze
 @patch
@@ -373,38 +271,32 @@ def plain(o):
 def state_dict(self:NAdamOptimizer):
     "State and hypers in plain types. They are live: a later step changes them; `deepcopy` them to keep them"
     res = {'state': [self.state[p] for pg in self.param_lists for p in pg], 'hypers': list(self.hypers)}
-    for o in res.values():
-        for d in o: d.update(plain(d))
+    for d in sum(res.values(), []): d.update(plain(d))
     return res
 
 # %% ../nbs/03_optimizer.ipynb #36ae
 def _check_state(i, p, state, hyper, rule):
     "`state` of parameter `i`, with the running products that it may lack; a `ValueError` if it does not fit"
+    where = f"state of parameter {i}, of shape {tuple(p.shape)}: "
     def check(ok, msg):
-        if not ok: raise ValueError(f"state of parameter {i}, of shape {tuple(p.shape)}: {msg}")
-    def number(k):
-        try: return float(state[k])
-        except _not_a_number: check(False, f"{k} must be a number, got {state[k]!r}")
+        if not ok: raise ValueError(where + msg)
     check(all(isinstance(k, str) for k in state), f"keys must be strings, got {list(state)}")
     for k in ('do_wd', 'force_train'):
         check(isinstance(state.get(k, True), (bool, np.bool_)), f"{k} must be True or False, got {state.get(k)!r}")
-    need = {*_avgs, 'step'}
+    need = {*avgs, 'step'}
     if not need & state.keys(): return state
     check(need <= state.keys(), f"missing {sorted(need - state.keys())}")
-    for k in _avgs:
+    for k in avgs:
         v = state[k]
         check(isinstance(v, Tensor) and v.is_floating_point(),
             f"{k} must be a floating-point tensor, got {getattr(v, 'dtype', type(v))}")
         check(v.shape == p.shape, f"{k} has shape {tuple(v.shape)}")
         check(v.layout == torch.strided, f"{k} has layout {v.layout!r}")
-    step = number('step')
-    check(step >= 0 and step.is_integer(), f"step must be a whole number ≥ 0, got {state['step']!r}")
-    state['step'] = step = int(step)
+    def whole(x): return x >= 0 and x.is_integer()
+    state['step'] = step = int(check_number(where + 'step', state['step'], 'a whole number ≥ 0', whole))
     prods = {**rule(**hyper, step=max(step, 1))[2], 'sqr_mom_prod': running_prod(hyper['sqr_mom'], step)}
     for k,v in prods.items():
-        state.setdefault(k, v if step else 1.)
-        check(0 <= number(k) <= 1, f"{k} must be in [0, 1], got {state[k]!r}")
-        state[k] = number(k)
+        state[k] = check_number(where + k, state.get(k, v if step else 1.), 'in [0, 1]', lambda x: 0 <= x <= 1)
     for k in {'mom_prod', 'mu_prod'} - prods.keys(): state.pop(k, None)
     return state
 
@@ -428,8 +320,7 @@ def load_state_dict(self:NAdamOptimizer,
         if not isinstance(sd[key], (list, tuple, L)) or not all(isinstance(o, dict) for o in sd[key]):
             raise ValueError(f"state_dict['{key}'] must be a list of dicts, got {type(sd[key])}")
         if len(sd[key]) != n: raise ValueError(f"state_dict has {len(sd[key])} {what}, the optimizer has {n}")
-    new = plain(sd['hypers'])
-    hypers = [{k: check_hyper(k, o.get(k, v)) for k,v in h.items()} for h,o in zip(self.hypers, new)]
+    hypers = [{k: check_hyper(k, plain(o.get(k, v))) for k,v in h.items()} for h,o in zip(self.hypers, sd['hypers'])]
     ph = [h for pg,h in zip(self.param_lists, hypers) for _ in pg]
     state = [_check_state(i, p, dict(s), h, self.rule) for i,(p,s,h) in enumerate(zip(ps, sd['state'], ph))]
     state = [{k: _copy_to(p, v) for k,v in s.items()} for p,s in zip(ps, state)]

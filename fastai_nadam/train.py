@@ -17,7 +17,8 @@ from torchvision import models as tvm
 from .checkpoint import Checkpoint, read_args, run_folder, save_args
 from .cli import atomic_save, check_int, cli, has_bars, save_fig
 from .data import check_images, data_path, downloads, get_dls, list_images
-from .optimizer import DozatNAdam, NAdam, plain, check_hyper
+from .rules import check_hyper
+from .optimizer import DozatNAdam, NAdam, plain
 
 # %% ../nbs/13_train.ipynb #07ec
 opt_funcs = dict(NAdam=NAdam, DozatNAdam=DozatNAdam, Adam=Adam, RAdam=RAdam, ranger=ranger)

@@ -52,10 +52,10 @@ def calls_of_a_step():
 
 def draw_step():
     edges = calls_of_a_step()
+    callers = {a for a,_ in edges}
+    edges = [(a, b) for a,b in edges if b in callers or '._' not in b] # private functions that call no other are left out
     nodes = list(dict.fromkeys(o for e in edges for o in e))
-    res = ['flowchart LR']
-    for mod in dict.fromkeys(o.split('.')[0] for o in nodes):
-        res += [f'  subgraph {mod}', *(f'    {o}["{o.split(".")[1]}"]' for o in nodes if o.startswith(f'{mod}.')), '  end']
+    res = ['flowchart LR', *(f'  {o}["{o.removeprefix("optimizer.")}"]' for o in nodes)]
     return res + [f'  {a} --> {b}' for a,b in edges]
 
 def drawn(text):

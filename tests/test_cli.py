@@ -1,8 +1,8 @@
 "What the commands share: options, errors on one line, files that are whole, a lock on a folder"
-import os, random, signal, subprocess, sys, time
+import os, random, signal, subprocess, sys
 
 import matplotlib.pyplot as plt, pytest, torch
-from fastai.vision.all import Callback, Path
+from fastai.vision.all import Callback
 
 from fastai_nadam import cli as room
 from fastai_nadam.cli import atomic_save, check_int, cli, lock_folder, save_fig, save_json, tell_versions, versions

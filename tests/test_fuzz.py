@@ -5,7 +5,7 @@ import gc, os, pickle, random, sys, time, traceback, warnings
 from collections import defaultdict
 from copy import deepcopy
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import numpy as np, pytest, torch
 from torch import nn
@@ -198,6 +198,15 @@ on_grads = [grad_moves, grad_data_moves, grad_is_shared, grads_are_exchanged, gr
 
 def stepped(opt): return [p for p in all_params(opt) if p.grad is not None and p.requires_grad]
 
+def is_partly_over(t, u):
+    "Does PyTorch take them for that? Tried on a copy of their memory"
+    if t.untyped_storage().data_ptr() != u.untyped_storage().data_ptr() or t.dtype != u.dtype or not t.numel(): return False
+    mem = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage().clone())
+    a, b = (mem.as_strided(o.shape, o.stride(), o.storage_offset()) for o in (t.detach(), u.detach()))
+    try: a.add_(b)
+    except RuntimeError: return True
+    return False
+
 def steppable(opt):
     "Written without a look at what the optimizer checks"
     for p in stepped(opt):
@@ -206,6 +215,7 @@ def steppable(opt):
         for t in (ts[0], *ts[2:]): # is each element one of its own?
             where = torch.arange(1 + sum((n-1)*s for n,s in zip(t.shape, t.stride()) if n)).as_strided(t.shape, t.stride())
             if len(where.unique()) < t.numel(): return False
+        if any(is_partly_over(*o) for o in permutations(ts, 2)): return False
     return True
 
 def tensors(opt): return [t for p in all_params(opt) for t in (p, p.grad, *(opt.state[p].get(k) for k in avgs)) if t is not None and t.numel()]

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam, train
 from fastai_nadam.interop import from_torch
+from helpers import all_params, same, set_grads, snapshot, twin
 from impls import each_impl, with_impl
 
 def fuzz(n, **kwargs):
@@ -37,45 +38,24 @@ hyper_names = ('lr', 'mom', 'sqr_mom', 'eps', 'wd', 'mom_decay')
 
 def groups(ps): return [ps[:1], ps[1:]]
 
-def set_grads(ps, seed):
-    g = torch.Generator().manual_seed(seed)
-    for p in ps: p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
-
 def make(opt_func, impl, shapes=((3, 2), (4,), ()), dtype=torch.float32, n_steps=2):
     "Parameters in two groups, the last exempt from weight decay, and their optimizer after some steps"
     ps = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
     opt = with_impl(opt_func, groups(ps), impl, lr=0.01, wd=0.1)
     opt.state[ps[-1]]['do_wd'] = False
     for i in range(n_steps):
-        set_grads(ps, i)
+        set_grads(ps, seed=i)
         opt.step()
     return ps, opt
 
-def twin(ps, opt_func, opt, impl):
-    "The same parameters and state again"
-    qs = [nn.Parameter(p.detach().clone()) for p in ps]
-    other = with_impl(opt_func, groups(qs), impl, lr=0.)
-    other.load_state_dict(opt.state_dict())
-    return qs, other
-
-def snapshot(ps, opt):
-    return deepcopy(([p.detach() for p in ps], [None if p.grad is None or p.grad.layout != torch.strided else p.grad for p in ps],
-        [dict(opt.state[p]) for p in ps], [dict(h) for h in opt.hypers]))
-
-def same(a, b):
-    "Equal to the bit; NaN is NaN"
-    if torch.is_tensor(a): return torch.is_tensor(b) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7.), b.nan_to_num(7.))
-    if isinstance(a, dict): return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)): return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and (a == b or (a != a and b != b))
-
-def assert_same_run(ps, opt, qs, other, n=2):
+def assert_same_run(ps, opt, other):
     "Both go on alike"
-    for i in range(n):
+    qs = all_params(other)
+    for i in range(2):
         for xs,o in ((ps, opt), (qs, other)):
-            set_grads(xs, 100+i)
+            set_grads(xs, seed=100+i)
             o.step()
-    assert same(snapshot(ps, opt), snapshot(qs, other))
+    assert same(snapshot(opt), snapshot(other))
 
 # NaN and Inf
 
@@ -85,13 +65,13 @@ def test_a_bad_gradient_stays_where_it_is(impl, opt_func, shapes, dtype, bad, se
     "Neither another parameter nor another element of the same one notices"
     torch.manual_seed(seed)
     ps, opt = make(opt_func, impl, shapes, dtype)
-    qs, other = twin(ps, opt_func, opt, impl)
+    other = twin(opt, impl)
     sizes = [p.numel() for p in ps]
     i = data.draw(st.integers(0, len(ps)-1).filter(lambda i: sizes[i]) if any(sizes) else st.just(0), label='parameter')
     j = data.draw(st.integers(0, max(sizes[i]-1, 0)), label='element')
     for step in range(3):
-        set_grads(ps, seed+step)
-        set_grads(qs, seed+step)
+        set_grads(ps, seed=seed+step)
+        set_grads(all_params(other), seed=seed+step)
         if step == 0 and sizes[i]: ps[i].grad.view(-1)[j] = bad
         opt.step()
         other.step()
@@ -100,7 +80,7 @@ def test_a_bad_gradient_stays_where_it_is(impl, opt_func, shapes, dtype, bad, se
         for k in ('grad_avg', 'sqr_avg'): snap[2][i][k].view(-1)[j:j+1] = 0
         return snap
     if sizes[i]: assert not ps[i].detach().view(-1)[j].isfinite()
-    assert same(without(snapshot(ps, opt)), without(snapshot(qs, other)))
+    assert same(without(snapshot(opt)), without(snapshot(other)))
 
 # Hypers
 
@@ -145,15 +125,15 @@ values = st.one_of(junk, st.lists(scalars, max_size=4), st.builds(slice, scalars
 def test_set_hypers(opt_func, kwargs):
     "All are set or none"
     ps, opt = make(opt_func, {}, n_steps=1)
-    before = snapshot(ps, opt)
+    before = snapshot(opt)
     try: opt.set_hypers(**kwargs)
-    except (ValueError, AssertionError): assert same(before, snapshot(ps, opt))
+    except (ValueError, AssertionError): assert same(before, snapshot(opt))
     except (TypeError, ArithmeticError):  # of fastai, which spreads the values of a slice
-        assert any(isinstance(v, slice) for v in kwargs.values()) and same(before, snapshot(ps, opt))
+        assert any(isinstance(v, slice) for v in kwargs.values()) and same(before, snapshot(opt))
     else:
         for h in opt.hypers:
             for k,v in h.items(): assert type(v) is float and allowed(k, v)
-        set_grads(ps, 0)
+        set_grads(ps)
         opt.step()
 
 @each_impl
@@ -163,14 +143,14 @@ def test_hypers_that_become_invalid(impl, opt_func, k, bad, group, seed):
     "Written past every check, they are refused by `step`, by name; without them the run goes on as if nothing had been"
     torch.manual_seed(seed)
     ps, opt = make(opt_func, impl)
-    qs, other = twin(ps, opt_func, opt, impl)
+    other = twin(opt, impl)
     good, opt.hypers[group][k] = opt.hypers[group][k], bad
-    set_grads(ps, seed)
-    before = snapshot(ps, opt)
+    set_grads(ps, seed=seed)
+    before = snapshot(opt)
     with pytest.raises(ValueError, match=rf'\b{k} must be'): opt.step()
-    assert same(before, snapshot(ps, opt))
+    assert same(before, snapshot(opt))
     opt.hypers[group][k] = good
-    assert_same_run(ps, opt, qs, other)
+    assert_same_run(ps, opt, other)
 
 @each_impl
 @pytest.mark.parametrize('k', ['mom', 'sqr_mom'])
@@ -198,16 +178,16 @@ def test_a_refused_step(impl, opt_func, i, harm, seed):
     "Nothing has been decayed, averaged or counted, in any group"
     torch.manual_seed(seed)
     ps, opt = make(opt_func, impl)
-    qs, other = twin(ps, opt_func, opt, impl)
-    set_grads(ps, seed)
+    other = twin(opt, impl)
+    set_grads(ps, seed=seed)
     data, state = ps[i].data, dict(opt.state[ps[i]])
     harm(ps[i], opt)
-    before = snapshot(ps, opt)
+    before = snapshot(opt)
     with pytest.raises(ValueError, match='shape'): opt.step()
-    assert same(before, snapshot(ps, opt))
+    assert same(before, snapshot(opt))
     ps[i].data, ps[i].grad = data, None
     opt.state[ps[i]].update(state)
-    assert_same_run(ps, opt, qs, other)
+    assert_same_run(ps, opt, other)
 
 # A refused checkpoint
 
@@ -244,17 +224,17 @@ def test_broken_checkpoints(impl, opt_func, n_steps, seed, data):
     "Either the optimizer can go on with it, or it is a `ValueError` and the run goes on as before"
     torch.manual_seed(seed)
     ps, opt = make(opt_func, impl)
-    qs, other = twin(ps, opt_func, opt, impl)
+    other = twin(opt, impl)
     sd = data.draw(mutations(make(opt_func, impl, n_steps=n_steps)[1].state_dict()))
-    before = snapshot(ps, opt)
+    before = snapshot(opt)
     try: opt.load_state_dict(sd)
     except ValueError:
-        assert same(before, snapshot(ps, opt))
-        assert_same_run(ps, opt, qs, other)
+        assert same(before, snapshot(opt))
+        assert_same_run(ps, opt, other)
     else:
         for h in opt.hypers:
             for k,v in h.items(): assert type(v) is float and allowed(k, v)
-        set_grads(ps, 0)
+        set_grads(ps)
         opt.step()
         for p in ps: assert opt.state[p]['grad_avg'].dtype == p.dtype and opt.state[p]['grad_avg'].shape == p.shape
 
@@ -272,17 +252,17 @@ def test_broken_checkpoints(impl, opt_func, n_steps, seed, data):
 @each_impl
 def test_what_is_wrong_with_a_checkpoint_is_named(impl, change, says):
     ps, opt = make(NAdam, impl)
-    sd, before = deepcopy(opt.state_dict()), snapshot(ps, opt)
+    sd, before = deepcopy(opt.state_dict()), snapshot(opt)
     change(sd)
     with pytest.raises(ValueError, match=says): opt.load_state_dict(sd)
-    assert same(before, snapshot(ps, opt))
+    assert same(before, snapshot(opt))
 
 @fuzz(50, seed=seeds, data=st.data())
 def test_broken_torch_optimizers(seed, data):
     torch.manual_seed(seed)
     ps = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4))]
     torch_opt = torch.optim.NAdam(ps)
-    set_grads(ps, 0)
+    set_grads(ps)
     torch_opt.step()
     state = torch_opt.state[data.draw(st.sampled_from(ps))]
     k = data.draw(st.sampled_from(sorted(state)))
@@ -290,7 +270,7 @@ def test_broken_torch_optimizers(seed, data):
     else: state[k] = data.draw(st.one_of(junk, tensors))
     try: opt = from_torch(torch_opt)
     except (TypeError, ValueError): return
-    set_grads(ps, 1)
+    set_grads(ps)
     opt.step()
 
 # The command line

@@ -4,9 +4,8 @@ from functools import partial
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from torch import nn
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, params
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, params
 from fastai.callback.core import Callback, CancelStepException
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import combined_cos, fit_one_cycle, lr_find
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import Adam, Lamb, Larc, Lookahead, Optimizer, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, average_grad, average_sqr_grad, ranger, step_stat
@@ -14,6 +13,7 @@ from fastai_nadam.insight import StepTrace, UpdateStats, opt_table, plot_rule
 from fastai_nadam.optimizer import DozatNAdam, NAdam
 from fastai_nadam.rules import adam_rule, dozat_rule, ruder_rule
 from fastai_nadam.steppers import dozat_step, nadam_step
+from helpers import CPUPrecision, ToBFloat16, set_grads
 from impls import each_impl, with_impl
 
 HYPERS = ['lr', 'mom', 'sqr_mom', 'eps', 'wd']
@@ -46,9 +46,6 @@ def learner(opt_func=NAdam, bs=8, n=32, model=None, **kwargs):
 def fit(learn, n=1, lr=1e-2, **kwargs):
     with learn.no_bar(): learn.fit(n, lr, **kwargs)
     return learn
-
-def set_grads(ps, scale=1.):
-    for p in ps: p.grad = scale*torch.randn_like(p)
 
 def close(a, b, rtol=1e-5, atol=1e-7):
     np.testing.assert_allclose(*(np.asarray(o.detach().double() if isinstance(o, torch.Tensor) else o) for o in (a, b)), rtol=rtol, atol=atol)
@@ -510,11 +507,6 @@ def test_skipped_steps(order):
     assert all(learn.opt.state[p]['step'] == 3 for p in learn.model.parameters())
     assert stats.copies is None and (t.update_ratio > 0).all()
 
-class CpuMixedPrecision(MixedPrecision):
-    "fastai's is tied to CUDA"
-    def before_fit(self):
-        self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', torch.bfloat16),torch.amp.GradScaler('cpu', init_scale=2.**16),[]
-
 def test_mixed_precision():
     "Gradients are unscaled, and a step that overflowed is no step"
     class Overflow(Callback):
@@ -523,7 +515,7 @@ def test_mixed_precision():
             if self.train_iter in (0, 2): next(self.model.parameters()).grad.fill_(math.inf)
     learn = learner()
     stats = UpdateStats(every=1)
-    fit(learn, cbs=[CpuMixedPrecision(), Overflow(), stats])
+    fit(learn, cbs=[CPUPrecision(init_scale=2.**16), Overflow(), stats])
     t = stats.table()
     assert t.step.unique().tolist() == [1, 2]
     assert np.isfinite(t.grad_norm).all() and (t.grad_norm < 10).all() and (t.update_ratio > 0).all()
@@ -531,11 +523,8 @@ def test_mixed_precision():
 def test_half_precision_parameters():
     m = net().bfloat16()
     p0 = m[0].weight.detach().clone()
-    class Half(Callback):
-        def before_batch(self): self.learn.xb = (self.xb[0].bfloat16(),)
-        def after_pred(self): self.learn.pred = self.pred.float()
     stats = UpdateStats()
-    learn = fit(learner(model=m), cbs=[Half(), stats])
+    learn = fit(learner(model=m), cbs=[ToBFloat16(), stats])
     assert stats.table().dtypes['update_ratio'] == float and np.isfinite(stats.table().set_index('param').update_ratio['0.weight'])
     set_grads(m.parameters())
     with StepTrace(learn) as trace: learn.opt.step()

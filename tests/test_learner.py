@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest, timm.optim, torch
 import torch.nn.functional as F
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelBatchException
-from fastai.callback.fp16 import MixedPrecision, ModelToHalf, NonNativeMixedPrecision, _copy_state, get_master
+from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision, _copy_state, get_master
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedExp, SchedLin, combined_cos
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from fastai_nadam import DozatNAdam, NAdam
 from fastai_nadam.optimizer import NAdamOptimizer
+from helpers import CPUPrecision, ToBFloat16, assert_close, same
 from impls import each_impl, with_impl
 
 # A little data and little models, alike in each call within a test
@@ -68,16 +69,7 @@ def weights(learn): return [p.detach().clone() for p in learn.model.parameters()
 
 def steps(learn): return {s['step'] for s in learn.opt.state.values() if 'step' in s}
 
-def assert_same(ps, qs, tol=1e-5):
-    for p,q in zip(ps, qs, strict=True): torch.testing.assert_close(p.float(), q.float(), rtol=tol, atol=tol)
-
-def assert_same_state(sd, sd2):
-    assert sd['hypers'] == sd2['hypers']
-    for s,s2 in zip(sd['state'], sd2['state'], strict=True):
-        assert s.keys() == s2.keys()
-        for k in s: assert torch.equal(s[k], s2[k]) if torch.is_tensor(s[k]) else s[k] == s2[k], k
-
-def snapshot(learn): return weights(learn), deepcopy(learn.opt.state_dict())
+def weights_and_state(learn): return weights(learn), deepcopy(learn.opt.state_dict())
 
 def loss_of(learn):
     with torch.no_grad(): return F.cross_entropy(learn.model(learn.dls.valid_ds.tensors[0]), learn.dls.valid_ds.tensors[1]).item()
@@ -89,20 +81,12 @@ def assert_learns(learn, before):
 
 # Mixed precision
 
-class CPUPrecision(MixedPrecision):
-    "fastai's callback, with the autocast and the scaler of the CPU"
-    name = 'mixed_precision'
-    def __init__(self, dtype=torch.bfloat16, **kwargs):
-        super().__init__(**kwargs)
-        self.dtype = dtype
-    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', self.dtype),torch.amp.GradScaler('cpu', **self.kwargs),[]
-
 class Watch(Callback):
     "Weights and state before each step, and whether the step was done"
     order = 90
     def before_fit(self): self.log = []
-    def before_backward(self): self.before = snapshot(self.learn)
-    def after_step(self): self.log.append((self.before, snapshot(self.learn), not self.mixed_precision.skipped))
+    def before_backward(self): self.before = weights_and_state(self.learn)
+    def after_step(self): self.log.append((self.before, weights_and_state(self.learn), not self.mixed_precision.skipped))
 
 @each_impl
 def test_a_skipped_step_changes_nothing(impl):
@@ -115,7 +99,7 @@ def test_a_skipped_step_changes_nothing(impl):
     assert 2 < skipped < len(done) - 3 and all(done[skipped:])
     for i,((ws,sd), (ws2,sd2), _) in enumerate(learn.watch.log[:skipped]):
         for p,q in zip(ws, ws2): assert torch.equal(p, q)
-        assert_same_state(sd, sd2)
+        assert same(sd, sd2)
         assert not any('step' in s for s in sd2['state'])
     assert steps(learn) == {len(done) - skipped}
     for p in learn.model.parameters(): assert p.isfinite().all()
@@ -134,14 +118,14 @@ def test_an_overflow_in_the_middle_is_skipped_and_training_goes_on(impl):
     assert [i for i,(*_,done) in enumerate(learn.watch.log) if not done] == [5]
     (ws,sd), (ws2,sd2), _ = learn.watch.log[5]
     for p,q in zip(ws, ws2): assert torch.equal(p, q)
-    assert_same_state(sd, sd2)
+    assert same(sd, sd2)
     assert learn.watch.log[5][1][1]['state'][0]['step'] == 5 and steps(learn) == {7}
     class SkipBatch(Callback):
         def before_batch(self):
             if self.training and self.train_iter == 5: raise CancelBatchException
     other = toy_learner(cbs=SkipBatch())
     fit(other, 2, 1e-2)
-    assert_same(weights(learn), weights(other))
+    assert_close(weights(learn), weights(other))
 
 @each_impl
 def test_bfloat16_autocast(impl):
@@ -154,7 +138,7 @@ def test_bfloat16_autocast(impl):
     assert dtypes == {torch.bfloat16}
     for p,s in learn.opt.state.items(): assert {p.dtype, s['grad_avg'].dtype, s['sqr_avg'].dtype} == {torch.float32}
     assert steps(learn) == {16}
-    assert_same(weights(learn), weights(full), tol=0.1)
+    assert_close(weights(learn), weights(full), tol=0.1)
     assert loss_of(learn) < first/2
 
 @pytest.mark.parametrize('to', ['to_fp16', 'to_bf16'])
@@ -164,7 +148,7 @@ def test_fastais_own_switches(to):
     getattr(learn, to)()
     fit(learn, 2, 1e-2, wd=0.1)
     assert steps(learn) == {8}
-    assert_same([p.cpu() for p in weights(learn)], timm_run(), tol=1e-5 if default_device().type == 'cpu' else 0.05)
+    assert_close([p.cpu() for p in weights(learn)], timm_run(), tol=1e-5 if default_device().type == 'cpu' else 0.05)
 
 class CPUNonNative(NonNativeMixedPrecision):
     def before_fit(self):  # without the assertion that there is a GPU
@@ -185,13 +169,10 @@ def test_half_precision_with_master_weights(impl):
     assert dtypes == {torch.float16}
     assert steps(learn) == {16} and {*learn.opt.state} == {*learn.model.parameters()}
     assert [h['lr'] for h in learn.opt.hypers] == [1e-2]*2
-    assert_same(weights(learn), weights(full), tol=0.02)
+    assert_close(weights(learn), weights(full), tol=0.02)
 
 @each_impl
 def test_a_model_all_in_bfloat16(impl):
-    class ToBFloat16(Callback):
-        def before_batch(self): self.learn.xb = (self.xb[0].bfloat16(),)
-        def after_pred(self): self.learn.pred = self.pred.float()
     learn = toy_learner(linear_model().bfloat16(), opt_func=partial(with_impl, NAdam, impl=impl), cbs=ToBFloat16())
     before = weights(learn)
     fit(learn, 4, 1e-2)
@@ -216,7 +197,7 @@ def timm_run(clip=None, n_epoch=2, bs=bs):
 def test_plain_training_is_timms(impl):
     learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl))
     fit(learn, 2, 1e-2, wd=0.1)
-    assert_same(weights(learn), timm_run())
+    assert_close(weights(learn), timm_run())
 
 @each_impl
 @pytest.mark.parametrize('amp', [False, True])
@@ -225,7 +206,7 @@ def test_gradient_clip(impl, amp):
     cbs = [GradientClip(0.05), *([CPUPrecision(torch.float32, init_scale=1024.)] if amp else [])]
     learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl), cbs=cbs)
     fit(learn, 2, 1e-2, wd=0.1)
-    assert_same(weights(learn), timm_run(clip=0.05))
+    assert_close(weights(learn), timm_run(clip=0.05))
 
 @each_impl
 def test_gradient_accumulation(impl):
@@ -233,7 +214,7 @@ def test_gradient_accumulation(impl):
     learn = toy_learner(dls=toy_dls(bs=4), opt_func=partial(with_impl, NAdam, impl=impl), cbs=GradientAccumulation(16))
     fit(learn, 2, 1e-2, wd=0.1)
     assert steps(learn) == {8}
-    assert_same(weights(learn), timm_run(bs=16))
+    assert_close(weights(learn), timm_run(bs=16))
 
 @each_impl
 def test_mixup(impl):
@@ -252,7 +233,7 @@ def test_channels_last(impl):
     for o in (learn, plain): fit(o, 2, 1e-2)
     assert learn.model[0][1][0].weight.is_contiguous(memory_format=torch.channels_last)
     assert steps(learn) == {12}
-    assert_same(weights(learn), weights(plain), tol=1e-3)
+    assert_close(weights(learn), weights(plain), tol=1e-3)
 
 # What looks at the optimizer, saves it or moves its hypers
 
@@ -267,7 +248,7 @@ def test_save_model_with_opt(impl, tmp_path):
     assert steps(other) == {8}
     fit(other, 1, 1e-2)
     for p,q in zip(weights(whole), weights(other)): assert torch.equal(p, q)
-    assert_same_state(whole.opt.state_dict(), other.opt.state_dict())
+    assert same(whole.opt.state_dict(), other.opt.state_dict())
 
 def test_the_best_model_comes_back_with_its_state(tmp_path):
     "With a learning rate that makes it worse after the first epoch"
@@ -298,7 +279,7 @@ def test_fine_tune(impl):
     learn = conv_learner(opt_func=partial(with_impl, NAdam, impl=impl))
     class Frozen(Callback):
         def after_fit(self):
-            if self.opt.frozen_idx: self.frozen_end = snapshot(self.learn)
+            if self.opt.frozen_idx: self.frozen_end = weights_and_state(self.learn)
     learn.add_cb(Frozen())
     start = weights(learn)
     quietly(learn, 'fine_tune', 2, 1e-2, freeze_epochs=2)
@@ -345,14 +326,14 @@ def test_one_cycle_keeps_the_product_of_its_momenta(impl):
 def test_lr_find_leaves_everything_as_it_was(impl, tmp_path):
     learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl), path=tmp_path)
     quietly(learn, 'fit_one_cycle', 1, 1e-2)
-    ws, sd = snapshot(learn)
+    ws, sd = weights_and_state(learn)
     found = quietly(learn, 'lr_find', num_it=20, show_plot=False)
     assert 1e-7 < found.valley < 10
     for p,q in zip(ws, weights(learn)): assert torch.equal(p, q)
     sd['hypers'] = [{**h, 'lr': 1e-7} for h in sd['hypers']]  # fit sets the first lr before the callback saves
     got = learn.opt.state_dict()
     got['hypers'] = [{**h, 'lr': 1e-7} for h in got['hypers']]
-    assert_same_state(sd, got)
+    assert same(sd, got)
 
 @pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam, partial(NAdam, eps=1e-6, nesterov=False)])
 def test_export_and_load_learner(opt_func, tmp_path):
@@ -383,7 +364,7 @@ def test_lookahead(impl):
             for s,p in zip(self.slow, self.model.parameters()): p.data.copy_(s.lerp_(p.data, 0.5))
     other = toy_learner(cbs=Slow())
     fit(other, 2, 1e-2)
-    assert_same(weights(learn), weights(other))
+    assert_close(weights(learn), weights(other))
     sd = learn.opt.state_dict()
     assert sd['count'] == 8 and {s['step'] for s in sd['state']} == {8}
 

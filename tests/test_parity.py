@@ -1,5 +1,4 @@
 "The steps are those of the article, of PyTorch, timm and fastai, and of the formulas that Keras and optax publish"
-import math
 from functools import partial
 
 import pytest, timm.optim, torch
@@ -8,24 +7,14 @@ from fastai.optimizer import Adam, Optimizer, average_grad, average_sqr_grad, st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
 from fastai_nadam.steppers import dozat_step, nadam_step
+from helpers import assert_close, copies, train
 from impls import each_impl, with_impl
 
 shapes = [(4, 3), (7,), (), (1,), (2, 3, 1, 5), (0, 2), (300, 11)]
 
 def params(dtype=torch.float32): return [nn.Parameter(torch.randn(s, dtype=dtype)) for s in shapes]
 
-def copies(ps, dtype=None): return [nn.Parameter(p.detach().to(dtype or p.dtype, copy=True)) for p in ps]
-
-def train(opt, ps, grads, before=None):
-    for i,gs in enumerate(grads):
-        for p,g in zip(ps, gs): p.grad = g.to(p.dtype, copy=True)
-        if before: before(opt, i)
-        opt.step()
-
 def grads_for(ps, n=50): return [[torch.randn_like(p) * 10**torch.empty(()).uniform_(-3, 1) for p in ps] for _ in range(n)]
-
-def assert_close(ps, qs, tol=1e-5):
-    for p,q in zip(ps, qs, strict=True): torch.testing.assert_close(p.detach().double(), q.detach().double(), rtol=tol, atol=tol)
 
 article = [dict(p=[-0.9099998100, 0.0800001900, 1.0700001900], grad_avg=0.01, sqr_avg=0.0001),
     dict(p=[-2.3272154587, -1.3471154587, -0.3670154587], grad_avg=0.019, sqr_avg=0.000199)]
