@@ -96,6 +96,11 @@ def test_all_is_what_the_rooms_make_public():
     assert sum(len(mod.__all__) for mod in rooms) == len(public), 'one name in two rooms'
     assert len(public) <= 40, f'{len(public)} public names: {public}'
 
+@pytest.mark.parametrize('room', exports())
+def test_no_room_is_above_330_lines(room):
+    n = len((root/f'fastai_nadam/{room}.py').read_text(encoding='utf-8').splitlines())
+    assert n <= 330, f'{n} lines: another room, or less in this one'
+
 @pytest.mark.parametrize('nb', nbs, ids=lambda f: f.name)
 def test_cells_fit_the_screen(nb):
     for src in cells(nb, 'code'):
