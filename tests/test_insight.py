@@ -40,7 +40,7 @@ def net(): return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), n
 def learner(opt_func=NAdam, bs=8, n=32, model=None, **kwargs):
     x = torch.randn(n, 4)
     ds = [*zip(x, x[:,:3].argmax(1))]
-    res = Learner(DataLoaders.from_dsets(ds, ds[:bs], bs=bs, device='cpu'), model or net(),
+    res = Learner(DataLoaders.from_dsets(ds, ds[:bs], bs=bs, device='cpu', num_workers=0), model or net(),
         loss_func=CrossEntropyLossFlat(), opt_func=opt_func,
         splitter=kwargs.pop('splitter', lambda m: [params(m[:2]), params(m[2:])]), **kwargs)
     res.create_mbar,res.logger = False,lambda *a: None
