@@ -350,7 +350,9 @@ def test_a_stopped_command_resumes_where_it_was(tmp_path):
         p.join(30)
         end = time.time() + 30
         while time.time() < end and any(Path(f'/proc/{o}').exists() for o in workers): time.sleep(0.02)
-        assert not any(Path(f'/proc/{o}').exists() for o in workers)
+        left = [o for o in workers if Path(f'/proc/{o}').exists()]
+        for o in left: os.kill(o, signal.SIGKILL)
+        assert not left
         assert p.exitcode == {'Ctrl-C': 130, 'worker': 2, 'kill': -signal.SIGKILL}[how]
         err, said = Path(f'{out}.err').read_text(), Path(f'{out}.out').read_text()
         if how != 'kill': assert err.count('\n') == 1 and 'the same command with the same out resumes' in (err + said).lower(), err
