@@ -203,8 +203,8 @@ def corrected(choose, judge, draws):
     return best.mean() - inflation, means, best
 
 @patch
-def difference(self:Comparison, opt:str, base:str|None=None) -> tuple: # (difference, half of its interval's width, seeds)
-    "How much `opt` at its best is above `base` at its best, seed by seed, less what choosing adds. No `base`: its value"
+def difference(self:Comparison, opt:str, base:str|None=None) -> tuple: # (difference, half of its interval, seeds)
+    "How much the best of `opt` is above that of `base`, seed by seed, less what choosing adds. No `base`: its value"
     tables = [self.judging[o] for o in (opt, base) if o]
     seeds = tables[0][0].index.intersection(tables[-1][0].index)
     if not (n := len(seeds)): return math.nan, math.nan, 0
