@@ -106,7 +106,7 @@ def fit_once(make_learner, opt_funcs, epochs, metric, moms, opt, point, seed):
     with learn.no_bar(), learn.no_logging():
         try: learn.fit_one_cycle(epochs, lr, moms=moms if mom is None else cycle_moms(mom), wd=wd, cbs=watch)
         except Exception:
-            if all_finite(learn): raise # else a loss or a metric refused the NaN
+            if all_finite(learn): raise # else a loss or a metric cannot take NaN
     rows = [dict(epoch=i+1, diverged=True) for i in range(epochs)]
     for row,values,seconds in zip(rows, learn.recorder.values, watch.seconds):
         vals = dict(zip(learn.recorder.metric_names[1:], map(rounded, values)))
