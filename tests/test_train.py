@@ -9,7 +9,8 @@ from fastai_nadam import train as room
 from fastai_nadam.checkpoint import read_args
 from fastai_nadam.data import list_images
 from fastai_nadam.train import archs, check_model, main, new_config, new_learner, opt_funcs, train
-from runs import argv, folder, here, history, names, refused, same, tiny, weights
+from helpers import same
+from runs import argv, folder, here, history, names, refused, tiny, weights
 
 # What comes out
 
