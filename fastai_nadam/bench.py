@@ -213,9 +213,9 @@ def plot_steps(
         end = min(d.ratio.max(), 1.4*d.ratio.nlargest(2).iloc[-1])
         colors = ['k' if o == reference else 'C0' if o in ours else '0.75' for o in d.index]
         ax.barh(d.index, d.ratio.clip(upper=end), color=colors)
-        ax.hlines(d.index, d.low, d.high.clip(upper=end), color='C1', lw=3)
+        ax.hlines(d.index, d.low.clip(upper=end), d.high.clip(upper=end), color='C1', lw=3)
         for i,(r,high) in enumerate(zip(d.ratio, d.high.fillna(d.ratio))):
-            ax.text(min(high, end), i, f' {r:.2f}', va='center', fontsize='small')
+            ax.text(min(high, end), i, f' {r:.2f}', va='center', fontsize='small', bbox=dict(fc='w', ec='none', pad=0))
             if r > end: ax.text(0.85*end, i, '//', va='center', ha='center', color='w', fontsize=16, weight='bold')
         ax.axvline(1, color='k', ls='--', lw=1)
         ax.set(title=f'{case}\n{d.parameters.iloc[0]/1e6:.3g} million parameters, {d.tensors.iloc[0]:,} tensors',

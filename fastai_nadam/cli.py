@@ -95,9 +95,10 @@ def atomic_save(
             os.fsync(f.fileno())
         tmp.replace(file)
     except (OSError, RuntimeError) as e:
-        if not isinstance(e, OSError): e = e.__context__ # what torch.save met
-        if not isinstance(e, OSError): raise
-        raise OSError(f"cannot write {str(file)!r}: {e.strerror or e}") from e
+        met = e.__context__ if isinstance(e, RuntimeError) else e # torch.save raises its own error instead
+        if isinstance(met, KeyboardInterrupt): raise met
+        if not isinstance(met, OSError): raise
+        raise OSError(f"cannot write {str(file)!r}: {met.strerror or met}") from met
     finally: tmp.unlink(missing_ok=True)
 
 def save_json(

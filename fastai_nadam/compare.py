@@ -6,18 +6,16 @@
 __all__ = ['compare_opts', 'search_opts']
 
 # %% ../nbs/16_compare.ipynb #96fda386
-import ast, json, pickle, signal, threading, time
+import ast, signal, threading, time
 from concurrent import futures
-from contextlib import contextmanager
-from functools import wraps
 from multiprocessing import get_context
 
 from fastai.vision.all import *
 from scipy.stats import qmc
-from .cli import atomic_save, check_int, cli, has_bars, lock_folder, save_fig, save_json, versions
+from .cli import check_int, cli, has_bars, save_fig
 from .optimizer import check_hyper
-from .results import Comparison, find_direction, in_order, read_folder, result_cols
-from .tasks import find_task
+from .results import Comparison, Results, find_direction, point_cols
+from .tasks import check_learner, find_task, seed_learner
 from .train import opt_funcs, parse_moms
 
 # %% ../nbs/16_compare.ipynb #3c5fa660
@@ -37,19 +35,23 @@ def parse_opt(s):
     names = ', '.join(opt_funcs)
     raise ValueError(f"opts: no optimizer {s!r}; there are {names}, with arguments if you like: NAdam(eps=1e-6)")
 
-def find_opt(o, fixed=('lr', 'mom')):
-    "The `opt_func` of a name, or `o` itself. Raises a `ValueError` if it makes no step, or has an argument in `fixed`"
-    o = parse_opt(o) if isinstance(o, str) else o
-    for k in set(fixed) & set(getattr(o, 'keywords', ())):
-        other = dict(lr='lrs', mom='moms or momenta', wd='wds')[k]
-        raise ValueError(f"opts: {opt_name(o)} would not keep its {k}, since the schedule sets it; use {other}")
-    p = nn.Parameter(torch.ones(2))
-    p.grad = torch.ones(2)
-    try:
-        o([p], lr=0.1).step()
-        if not torch.isfinite(p).all(): raise ValueError(f"its first step leads from 1 to {p[0]:g}")
-    except Exception as e: raise ValueError(f"opts: {opt_name(o)} does not work: {str(e) or repr(e)}") from e
-    return o
+def find_opts(opts, fixed=('lr', 'mom')):
+    "Optimizers by name. Raises a `ValueError` if one makes no step, or has an argument in `fixed`"
+    funcs = [parse_opt(o) if isinstance(o, str) else o for o in listify(opts)]
+    res = {opt_name(f): f for f in funcs}
+    if not res: raise ValueError("opts must have one value or more, got none")
+    if len(res) < len(funcs): raise ValueError(f"opts has a value twice: {', '.join(map(opt_name, funcs))}")
+    for name,f in res.items():
+        for k in set(fixed) & set(getattr(f, 'keywords', ())):
+            other = dict(lr='lrs', mom='moms or momenta', wd='wds')[k]
+            raise ValueError(f"opts: {name} would not keep its {k}, since the schedule sets it; use {other}")
+        p = nn.Parameter(torch.ones(2))
+        p.grad = torch.ones(2)
+        try:
+            f([p], lr=0.1).step()
+            if not torch.isfinite(p).all(): raise ValueError(f"its first step leads from 1 to {p[0]:g}")
+        except Exception as e: raise ValueError(f"opts: {name} does not work: {str(e) or repr(e)}") from e
+    return res
 
 # %% ../nbs/16_compare.ipynb #1740cb37
 def cycle_moms(mom):
@@ -65,55 +67,16 @@ def search_points(search, lrs, n):
     return [(p.get('lr', lrs[0]), round(1 - p['mom'], 6) if 'mom' in p else None, p.get('wd')) for p in points]
 
 # %% ../nbs/16_compare.ipynb #289f513c
-def check_list(k, vals, check=noop):
-    "`vals` as a list, each as `check` gives it back. Raises a `ValueError` if it is empty or has something twice"
-    vals = [check(o) for o in listify(vals)]
-    if not vals: raise ValueError(f"{k} must have one value or more, got none")
-    if len(set(vals)) < len(vals): raise ValueError(f"{k} has a value twice: {', '.join(map(str, vals))}")
+def each_once(k, vals, check):
+    "`vals` in order, as `check` gives them back; None alone if they are None. Raises a `ValueError` if there are none"
+    if vals is None: return [None]
+    if not (vals := sorted({check(o) for o in listify(vals)})): raise ValueError(f"{k} must have one value or more")
     return vals
 
 def check_lrs(lrs):
-    lrs = sorted(check_list('lrs', lrs, partial(check_hyper, 'lr')))
-    if not 0 < lrs[0] <= lrs[-1] < math.inf: raise ValueError(f"lrs must be above 0 and finite, got {lrs}")
+    lrs = each_once('lrs', lrs, partial(check_hyper, 'lr'))
+    if lrs[0] == 0: raise ValueError(f"lrs must be above 0, got {lrs}")
     return lrs
-
-def check_seeds(seeds, first=0):
-    "A list of seeds, or that many from `first` on"
-    if isinstance(seeds, int): check_int('seeds', seeds)
-    seeds = check_list('seeds', range(first, first+seeds) if isinstance(seeds, int) else seeds)
-    for o in seeds: check_int('seeds', o, 0)
-    return seeds
-
-# %% ../nbs/16_compare.ipynb #b673a56b
-def seed_learner(make_learner, opt_func, seed):
-    "A `Learner` whose weights and batches depend on `seed` only. Raises a `ValueError` if its optimizer is another"
-    made = []
-    @wraps(opt_func)
-    def noted(*args, **kwargs):
-        made.append(opt_func(*args, **kwargs))
-        return made[-1]
-    set_seed(seed, reproducible=True)
-    learn = make_learner(noted)
-    if not isinstance(learn, Learner): raise ValueError(f"make_learner must return a Learner, not {learn!r}")
-    if learn.opt is None: learn.create_opt()
-    if not made or learn.opt is not made[-1]:
-        names = f"asked for {opt_name(opt_func)}, it makes another ({opt_name(learn.opt_func)})"
-        raise ValueError(f"make_learner ignores its opt_func: {names}")
-    set_seed(seed, reproducible=True)
-    for dl in learn.dls.loaders: dl.rng = random.Random(seed)
-    return learn
-
-def check_learner(make_learner, opt_funcs):
-    "A `Learner`, once it is sure that each is new, and that those of a seed have the same weights"
-    first, *more = [seed_learner(make_learner, f, 0) for f in (opt_funcs[0], *opt_funcs)]
-    ps = list(first.model.parameters())
-    for learn in more:
-        qs = list(learn.model.parameters())
-        if any(p is q for p,q in zip(ps, qs)): raise ValueError("make_learner must make a new model each time")
-        if len(ps) != len(qs) or not all(map(torch.equal, ps, qs)):
-            raise ValueError("make_learner must give the same initial weights after the same seed")
-    if len(first.dls.loaders) < 2: raise ValueError("make_learner must return a Learner with validation data")
-    return first
 
 # %% ../nbs/16_compare.ipynb #4f21756e
 def all_finite(learn):
@@ -127,38 +90,33 @@ def evaluate(learn, i):
     with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=learn.dls[i])
     return dict(zip(['valid_loss', *(m.name for m in learn.metrics)], map(rounded, values)))
 
-class RunRows(Callback):
-    "Note the losses, the metric and the seconds of each epoch, and stop a run that has diverged"
+class WatchEpochs(Callback):
+    "Note the seconds of training in each epoch, and stop a run that has diverged"
     order, run_valid = 60, False # after the Recorder
-    def __init__(self, metric): self.metric, self.rows = metric, []
-    def clock(self): return time.process_time() if self.model_device.type == 'cpu' else time.perf_counter()
-    def before_fit(self): self.model_device = next(self.model.parameters()).device
+    clock = staticmethod(time.process_time if default_device().type == 'cpu' else time.perf_counter)
+    def __init__(self): self.seconds = []
     def before_train(self): self.begun = self.clock()
     def after_train(self):
-        self.seconds = self.clock() - self.begun
+        self.seconds.append(self.clock() - self.begun)
         if not all_finite(self.learn): raise CancelFitException()
-    def after_epoch(self):
-        vals = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]), seconds=self.seconds)
-        names = dict(train_loss='train_loss', valid_loss='valid_loss', metric=self.metric, seconds='seconds')
-        self.rows.append({k: rounded(vals[v]) for k,v in names.items()})
 
-def fit_once(make_learner, opt_func, point, seed, epochs, metric, moms=None):
+def fit_once(make_learner, opt_funcs, epochs, metric, moms, opt, point, seed):
     "Train once with `fit_one_cycle` at a point: a dict for each epoch. `moms` are for a point without a momentum"
-    learn, (lr, mom, wd), rows, test = seed_learner(make_learner, opt_func, seed), point, RunRows(metric), {}
+    learn, (lr, mom, wd), watch = seed_learner(make_learner, opt_funcs[opt], seed), point, WatchEpochs()
     with learn.no_bar(), learn.no_logging():
-        try:
-            learn.fit_one_cycle(epochs, lr, moms=moms if mom is None else cycle_moms(mom), wd=wd, cbs=rows)
-            if len(rows.rows) == epochs and len(learn.dls.loaders) > 2: test = evaluate(learn, 2)
+        try: learn.fit_one_cycle(epochs, lr, moms=moms if mom is None else cycle_moms(mom), wd=wd, cbs=watch)
         except Exception:
-            if all_finite(learn): raise # else a loss or a metric refused the NaN
-    done = rows.rows + [{}]*(epochs - len(rows.rows))
-    res = [dict(epoch=i+1, diverged=not row, **row) for i,row in enumerate(done)]
-    if test: res[-1].update(test_loss=test['valid_loss'], test_metric=test[metric])
-    if metric == 'valid_loss' and not math.isfinite(res[-1].get('metric', 0)): res[-1]['diverged'] = True
-    return res
-
-def fit_nth(make_learner, funcs, epochs, metric, moms, i, point, seed):
-    return fit_once(make_learner, funcs[i], point, seed, epochs, metric, moms)
+            if all_finite(learn): raise # else a loss or a metric cannot take NaN
+    rows = [dict(epoch=i+1, diverged=True) for i in range(epochs)]
+    for row,values,seconds in zip(rows, learn.recorder.values, watch.seconds):
+        vals = dict(zip(learn.recorder.metric_names[1:], map(rounded, values)))
+        row.update(train_loss=vals['train_loss'], valid_loss=vals['valid_loss'], metric=vals[metric],
+            seconds=rounded(seconds), diverged=False)
+    if not rows[-1]['diverged'] and len(learn.dls.loaders) > 2:
+        test = evaluate(learn, 2)
+        rows[-1].update(test_loss=test['valid_loss'], test_metric=test[metric])
+    if metric == 'valid_loss' and not math.isfinite(rows[-1].get('metric', 0)): rows[-1]['diverged'] = True
+    return rows
 
 # %% ../nbs/16_compare.ipynb #395356d5
 _fit = None # what a worker process runs
@@ -179,12 +137,8 @@ def _start_worker(fit, parent):
 def _work(run): return run, _fit(*run)
 
 def parallel_runs(fit, runs, n_workers):
-    "Pairs of a run and `fit(*run)` as they come, from processes; with 0 of them, from this one"
-    if not n_workers: return (yield from ((run, fit(*run)) for run in runs))
+    "Pairs of a run and `fit(*run)` as they come, from processes"
     fork = sys.platform == 'linux' and not torch.cuda.is_available()
-    if not fork:
-        try: pickle.dumps(fit)
-        except Exception as e: raise ValueError(f"make_learner must be in a module here, or n_workers 0: {e}") from e
     context, n = get_context('fork' if fork else 'spawn'), min(n_workers, len(runs))
     pool = futures.ProcessPoolExecutor(n, context, _start_worker, (fit, os.getpid()))
     try:
@@ -196,12 +150,11 @@ def parallel_runs(fit, runs, n_workers):
         raise
     finally: pool.shutdown(cancel_futures=True)
 
-@contextmanager
-def one_thread():
-    "One thread for torch"
+def serial_runs(fit, runs):
+    "The same from this process, with one thread"
     n = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
+    try: yield from ((run, fit(*run)) for run in runs)
     finally: torch.set_num_threads(n)
 
 def with_progress(it, n):
@@ -214,107 +167,51 @@ def with_progress(it, n):
         yield o
 
 # %% ../nbs/16_compare.ipynb #62653088
-class Runs:
-    "The runs of a comparison, and the folder where they are kept"
-    def __init__(self,
-        make_learner, # Function of `opt_func` that returns a new `Learner`
-        opts:list, # Optimizers: names, `opt_func`s or `partial`s
-        epochs:int, # Length of the cycle
-        moms=None, # Momenta of the cycle for all runs, as for `fit_one_cycle`; one is constant
-        metric:str|None=None, # Name of the metric to compare; None: valid_loss
-        lower_is_better:bool|None=None, # Is less of it better? None: as is known of its name
-        task:str|None=None, # Name of the task; None: the name of `make_learner`
-        out:str|Path|None=None, # Folder for `results.csv` and `settings.json`, new or of this comparison
-        n_workers:int=0, # Processes to share the runs; 0: all of them in this one
-        fixed=('lr', 'mom'), # Arguments that an optimizer may not have
-        **settings # To keep too
-    ):
-        funcs = [find_opt(o, fixed) for o in listify(opts)]
-        self.opts = check_list('opts', [opt_name(f) for f in funcs])
-        check_int('epochs', epochs)
-        check_int('n_workers', n_workers, 0)
-        moms, learn = None if moms is None else list(parse_moms(moms)), check_learner(make_learner, funcs)
-        names = ['valid_loss', *(m.name for m in learn.metrics)]
-        metric = metric or names[0]
-        if metric not in names: raise ValueError(f"metric must be one of {', '.join(names)}, got {metric!r}")
-        lower_is_better, chance = find_direction(metric, lower_is_better), evaluate(learn, 1)[metric]
-        self.fit = partial(fit_nth, make_learner, funcs, epochs, metric, moms)
-        self.out, self.n_workers, self.rows = out and Path(out), n_workers, []
-        self.same = dict(task=task or opt_name(make_learner), epochs=epochs, metric=metric, moms=moms,
-            lower_is_better=lower_is_better, batches=len(learn.dls.train),
-            parameters=sum(p.numel() for p in learn.model.parameters()))
-        self.settings = dict(opts=self.opts, chance=chance if math.isfinite(chance) else None, **self.same, **settings)
-
-    def comparison(self):
-        "What there is so far"
-        df = pd.DataFrame(self.rows, columns=result_cols)
-        return Comparison(in_order(df, self.settings['opts']), **self.settings)
-
-# %% ../nbs/16_compare.ipynb #3a21178b
-@patch
-@contextmanager
-def folder(self:Runs):
-    "Have the folder alone, with what is there read. Raises a `ValueError` if that is something else"
-    if self.out is None: return (yield)
-    out = self.out
-    if out.exists() and not out.is_dir(): raise ValueError(f"out must be a folder, {str(out)!r} is a file")
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f"out: cannot make {str(out)!r}: {e.strerror}") from e
-    with lock_folder(out):
-        if any(not o.name.startswith('.') for o in out.iterdir()): self._read(*read_folder(out))
-        yield
-
-@patch
-def _read(self:Runs, old, rows):
-    "Go on from settings and rows that are there, if they are of this comparison"
-    old = dict(dict(moms=None, lower_is_better=self.same['lower_is_better']), **old)
-    new = dict(self.same, search='trial_seeds' in self.settings)
-    for k,v in new.items():
-        there = 'trial_seeds' in old if k == 'search' else old.get(k)
-        if there != v: raise ValueError(f"out: {str(self.out)!r} has another comparison, with {k} {there!r}, not {v!r}")
-    for k in {'opts', 'trial_seeds'} & set(old): old[k] += [o for o in self.settings[k] if o not in old[k]]
-    self.settings, self.rows = {**self.settings, **old}, rows
-
-# %% ../nbs/16_compare.ipynb #4fb0b34f
-def csv_lines(rows, header=False):
-    return pd.DataFrame(rows, columns=result_cols).to_csv(index=False, header=header, lineterminator='\n')
-
 def none(x): return None if x is None or math.isnan(x) else x
 
+class Runs(Results):
+    "`Results`, and how to make those that are missing. `tried` is what points have beside lr: mom, wd"
+    def __init__(self, make_learner, opts, epochs, tried, moms=None, metric=None, lower_is_better=None, task=None,
+        out=None, n_workers=0, **settings):
+        if 'mom' in tried and moms is not None: raise ValueError("moms is one schedule: momenta cannot be compared")
+        check_int('epochs', epochs)
+        check_int('n_workers', n_workers, 0)
+        funcs, moms = find_opts(opts, {'lr', 'mom', *tried}), None if moms is None else list(parse_moms(moms))
+        learn = check_learner(make_learner, list(funcs.values()))
+        start, metric = evaluate(learn, 1), metric or 'valid_loss'
+        if metric not in start: raise ValueError(f"metric must be one of {', '.join(start)}, got {metric!r}")
+        self.opts, self.n_workers = list(funcs), n_workers
+        self.fit = partial(fit_once, make_learner, funcs, epochs, metric, moms)
+        same = dict(task=task or opt_name(make_learner), epochs=epochs, metric=metric, moms=moms,
+            lower_is_better=find_direction(metric, lower_is_better), batches=len(learn.dls.train),
+            parameters=sum(p.numel() for p in learn.model.parameters()))
+        chance = start[metric] if math.isfinite(start[metric]) else None
+        super().__init__(same, dict(opts=self.opts, chance=chance, **same, **settings), out)
+
+# %% ../nbs/16_compare.ipynb #4fb0b34f
 @patch
 def train(self:Runs, points, seeds):
-    "Make the runs that have not been made yet. `points` are pairs of the name of an optimizer and a point"
-    done = {(r['opt'], *(none(r[k]) for k in ('lr', 'mom', 'wd')), r['seed']) for r in self.rows}
-    runs = [(self.opts.index(o), p, seed) for seed in seeds for o,p in points if (o, *p, seed) not in done]
+    "Make the runs that have not been made yet. `points` are those of each optimizer"
+    done = {(r['opt'], *(none(r[k]) for k in point_cols), r['seed']) for r in self.rows}
+    runs = [(o, p, seed) for seed in seeds for o in self.opts for p in points[o] if (o, *p, seed) not in done]
     if not runs: return
-    if self.out:
-        save_json(dict(settings=self.settings, versions=versions()), self.out/'settings.json')
-        with atomic_save(self.out/'results.csv') as f: f.write(csv_lines(self.rows, True).encode())
-    for (i, (lr, mom, wd), seed), res in with_progress(parallel_runs(self.fit, runs, self.n_workers), len(runs)):
-        run = dict(task=self.same['task'], opt=self.opts[i], lr=lr, mom=mom, wd=wd, seed=seed)
-        new = [{**run, **row} for row in res]
-        self.rows += new
-        if self.out:
-            with open(self.out/'results.csv', 'a', newline='', encoding='utf-8') as f: f.write(csv_lines(new))
+    self.save()
+    it = parallel_runs(self.fit, runs, self.n_workers) if self.n_workers else serial_runs(self.fit, runs)
+    for (opt, point, seed), rows in with_progress(it, len(runs)):
+        run = dict(zip(point_cols, point), task=self.settings['task'], opt=opt, seed=seed)
+        self.add([{**run, **row} for row in rows])
 
 @patch
 def train_all(self:Runs, points, seeds, lower, higher):
     "Train all optimizers at `points`, and at the next `lower` or `higher` ones while one of them is best at that edge"
-    def all_opts(points): return [(o, p) for p in points for o in self.opts]
-    self.train(all_opts(points), seeds)
+    self.train(dict.fromkeys(self.opts, points), seeds)
     for edge,steps in ((min, lower), (max, higher)):
         for points in steps:
             c = self.comparison()
             tried = set(c.results.lr)
             there = not tried.isdisjoint(lr for lr,*_ in points) # earlier seeds or optimizers needed them
             if not there and edge(tried) not in [c.best(o)[0] for o in self.opts]: break
-            self.train(all_opts(points), seeds)
-
-# %% ../nbs/16_compare.ipynb #0c171287
-def start_runs(make_learner, opts, epochs, has_mom, has_wd, moms=None, **kwargs):
-    "`Runs` of points that have a momentum or a weight decay, which then neither `moms` nor an optimizer may set"
-    if has_mom and moms is not None: raise ValueError("moms is one schedule for all runs: momenta cannot be compared")
-    return Runs(make_learner, opts, epochs, moms, fixed=('lr', 'mom', 'wd')[:2+has_wd], **kwargs)
+            self.train(dict.fromkeys(self.opts, points), seeds)
 
 # %% ../nbs/16_compare.ipynb #c1515af9
 def compare_opts(
@@ -326,22 +223,20 @@ def compare_opts(
     momenta:list|None=None, # High momenta of the cycle, from 2/3 on; None: the momentum is as the `Learner` has it
     wds:list|None=None, # Weight decays; None: the optimizer's own
     grow:int=2, # How many learning rates may be added on each side, while an optimizer is best at the edge
-    **kwargs # `moms`, `metric`, `lower_is_better`, `task`, `out`, `n_workers`: see `Runs`
+    **kwargs # `moms`, `metric`, `lower_is_better`, `task`, `out`, `n_workers`: as in `nadam-compare`
 ) -> Comparison:
     "Train with every optimizer, point and seed. Raises a `ValueError` that names the argument that does not do"
-    lrs, seeds = check_lrs(lrs), check_seeds(seeds)
+    lrs, seeds = check_lrs(lrs), each_once('seeds', range(seeds) if isinstance(seeds, int) else seeds, int)
+    moms, wds = (each_once(name, vals, partial(check_hyper, k))
+        for k,name,vals in (('mom', 'momenta', momenta), ('wd', 'wds', wds)))
+    if momenta is not None and moms[0] < 2/3: raise ValueError(f"momenta must be from 2/3 on, got {moms}")
     check_int('grow', grow, 0)
-    moms = [None] if momenta is None else check_list('momenta', momenta, partial(check_hyper, 'mom'))
-    if momenta is not None and min(moms) < 2/3: raise ValueError(f"momenta must be from 2/3 on, got {moms}")
-    wds_ = [None] if wds is None else check_list('wds', wds, partial(check_hyper, 'wd'))
-    def grid(lrs): return list(itertools.product(lrs, moms, wds_))
-    def next_lrs(lr, ratio): return [grid([float(f'{lr*ratio**k:.4g}')]) for k in range(1, grow+1) if len(lrs) > 1]
-    with one_thread():
-        runs = start_runs(make_learner, opts, epochs, momenta is not None, wds is not None, **kwargs)
-        with runs.folder():
-            lower, higher = next_lrs(lrs[0], lrs[0]/lrs[:2][-1]), next_lrs(lrs[-1], lrs[-1]/lrs[-2:][0])
-            runs.train_all(grid(lrs), seeds, lower, higher)
-            return runs.comparison()
+    def grid(lrs): return list(itertools.product(lrs, moms, wds))
+    def beyond(lr, ratio): return [grid([float(f'{lr*ratio**k:.4g}')]) for k in range(1, grow+1) if len(lrs) > 1]
+    runs = Runs(make_learner, opts, epochs, [k for k,v in dict(mom=moms, wd=wds).items() if v != [None]], **kwargs)
+    with runs.open():
+        runs.train_all(grid(lrs), seeds, beyond(lrs[0], lrs[0]/lrs[:2][-1]), beyond(lrs[-1], lrs[-1]/lrs[-2:][0]))
+        return runs.comparison()
 
 # %% ../nbs/16_compare.ipynb #579d9d4d
 def search_opts(
@@ -354,40 +249,38 @@ def search_opts(
     trials:int=32, # Number of points
     trial_seeds:int=2, # Number of seeds of each trial: 0, 1, …
     grow:int=2, # How often a quarter of the range of lr may be added on each side, while one is best at the edge
-    **kwargs # `moms`, `metric`, `lower_is_better`, `task`, `out`, `n_workers`: see `Runs`
+    **kwargs # `moms`, `metric`, `lower_is_better`, `task`, `out`, `n_workers`: as in `nadam-compare`
 ) -> Comparison:
     "Try all optimizers at the same points, and the best of each on fresh seeds. Raises a `ValueError`"
-    lrs, search, fresh = check_lrs(lrs), check_list('search', search), check_seeds(seeds, 100)
-    if not set(search) <= {'lr', 'mom', 'wd'}: raise ValueError(f"search must be some of lr, mom, wd, got {search}")
-    if len(lrs) != 1 + ('lr' in search):
+    for k,v in dict(seeds=seeds, trials=trials, trial_seeds=trial_seeds).items(): check_int(k, v)
+    check_int('grow', grow, 0)
+    lrs, search = check_lrs(lrs), listify(search)
+    if not search or not set(search) <= set(point_cols):
+        raise ValueError(f"search must be some of lr, mom, wd, got {search}")
+    if ('lr' in search) != (len(lrs) > 1):
         raise ValueError(f"lrs must be the lowest and the highest, or one if lr is not searched, got {lrs}")
-    for k,v,low in (('trials', trials, 1), ('trial_seeds', trial_seeds, 1), ('grow', grow, 0)): check_int(k, v, low)
-    w, n = (lrs[-1]/lrs[0])**0.25, math.ceil(trials/4)
+    low, high, n, tried = lrs[0], lrs[-1], math.ceil(trials/4), list(range(trial_seeds))
+    w = (high/low)**0.25
     def strips(lr, w): return [search_points(search, (lr*w**k, lr*w**(k+1)), n) for k in range(grow) if 'lr' in search]
-    with one_thread():
-        tried = list(range(trial_seeds))
-        runs = start_runs(make_learner, opts, epochs, 'mom' in search, 'wd' in search, trial_seeds=tried, **kwargs)
-        with runs.folder():
-            runs.train_all(search_points(search, lrs, trials), tried, strips(lrs[0], 1/w), strips(lrs[-1], w))
-            c = runs.comparison()
-            runs.train([(o, tuple(map(none, c.best(o)))) for o in runs.opts], fresh)
-            return runs.comparison()
-
-# %% ../nbs/16_compare.ipynb #649324df
-default_opts = 'NAdam,DozatNAdam,NAdam(nesterov=False),Adam,RAdam,ranger'
-
-def split_floats(k, s):
-    if s is None: return None
-    try: return [float(o) for o in s.split(',')]
-    except ValueError: raise ValueError(f"{k} must be numbers separated by commas, got {s!r}") from None
+    runs = Runs(make_learner, opts, epochs, search, trial_seeds=tried, **kwargs)
+    with runs.open():
+        runs.train_all(search_points(search, (low, high), trials), tried, strips(low, 1/w), strips(high, w))
+        c = runs.comparison()
+        runs.train({o: [tuple(map(none, c.best(o)))] for o in runs.opts}, range(100, 100+seeds))
+        return runs.comparison()
 
 # %% ../nbs/16_compare.ipynb #e462367a
+default_opts = 'NAdam,DozatNAdam,NAdam(nesterov=False),Adam,RAdam,ranger'
+
+def floats(s): return [float(o) for o in s.split(',')]
+def yes_no(s): return bool(('no', 'yes').index(s))
+
 def compare(
     task:str='digits', # digits, tabular, text, imagenette, imagewoof, a folder of images, or FILE.py:function
     opts:str=default_opts, # Optimizers, with arguments if you like: NAdam,NAdam(eps=1e-6),Adam
-    lrs:str=None, # Learning rates at the peak of the cycle; in a search the lowest and the highest
-    momenta:str=None, # High momenta of the cycle: with x = 1-momentum it goes from 1-x to 1-3x to 1-x
-    wds:str=None, # Weight decays
+    lrs:floats=None, # Learning rates at the peak of the cycle; in a search the lowest and the highest
+    momenta:floats=None, # High momenta of the cycle: with x = 1-momentum it goes from 1-x to 1-3x to 1-x
+    wds:floats=None, # Weight decays
     moms:str=None, # Momenta of the cycle for all runs: at the start, in the middle, at the end; one is constant
     search:str=None, # Search instead of a grid: lr,mom,wd or some of them
     trials:int=32, # In a search: points that every optimizer tries
@@ -395,12 +288,10 @@ def compare(
     epochs:int=None, # Length of the cycle
     seeds:int=10, # Number of seeds; in a search of fresh ones for the best point of each optimizer
     metric:str=None, # Metric to compare (default: valid_loss)
-    lower_is_better:str=None, # yes or no, for a metric whose name is not known
+    lower_is_better:yes_no=None, # yes or no, for a metric whose name is not known
     baseline:str=None, # Optimizer that the others are compared with (default: Adam)
     margin:float=None, # Difference that does not matter (default: 0.01 of a proportion, else 2 % of the baseline)
-    target:float=None, # Value to reach, for the time to it (default: a margin short of the baseline's end)
     grow:int=2, # How often the learning rates may grow on each side, while an optimizer is best at the edge
-    width:int=1, # Times the width of the network of digits, tabular and text
     arch:str=None, # For a folder: network, as in nadam-train
     size:int=None, # For a folder: side of the square images, in pixels
     bs:int=None, # For a folder: images per batch
@@ -410,39 +301,30 @@ def compare(
 ) -> Comparison:
     "Compare optimizers: train with every optimizer, learning rate and seed, and say what that shows"
     folder = {k: v for k,v in dict(arch=arch, size=size, bs=bs).items() if v is not None}
-    make, name, task_lrs, task_epochs = find_task(task, width, **folder)
+    make, name, task_lrs, task_epochs = find_task(task, **folder)
     if quick: opts, seeds, grow = 'NAdam,Adam' if opts == default_opts else opts, min(seeds, 4), 0
-    opts = [o.strip() for o in re.split(r',(?![^(]*\))', opts) if o.strip()] # not at the commas in parentheses
-    lrs = split_floats('lrs', lrs) or (task_lrs[1:3] if quick else task_lrs)
-    if search: lrs = [min(lrs), max(lrs)] if 'lr' in search else lrs
-    less = {None: None, 'yes': True, 'no': False}.get(lower_is_better, ...)
-    if less is ...: raise ValueError(f"lower_is_better must be yes or no, got {lower_is_better!r}")
-    names = [opt_name(find_opt(o)) for o in opts]
-    if baseline not in [None, *names]: raise ValueError(f"baseline must be one of {', '.join(names)}, got {baseline!r}")
+    funcs = find_opts([o for o in re.split(r',(?![^(]*\))', opts) if o.strip()]) # not at the commas in parentheses
+    if baseline not in [None, *funcs]: raise ValueError(f"baseline must be one of {', '.join(funcs)}, got {baseline!r}")
     check_int('seeds', seeds, 2)
     if n_workers is None: n_workers = {0: defaults.cpus, 1: 0}.get(torch.cuda.device_count(), torch.cuda.device_count())
     out = Path(out or f"runs/compare-{Path(name).name}{'-quick'*quick}").expanduser()
-    kw = dict(opts=opts, lrs=lrs, epochs=task_epochs if epochs is None else epochs, seeds=seeds, grow=grow,
-        moms=moms, metric=metric, task=name, out=out, n_workers=n_workers, lower_is_better=less)
+    kw = dict(opts=funcs.values(), lrs=lrs or (task_lrs[1:3] if quick else task_lrs), seeds=seeds, grow=grow, moms=moms,
+        epochs=task_epochs if epochs is None else epochs, metric=metric, task=name, out=out, n_workers=n_workers,
+        lower_is_better=lower_is_better)
     if search: search_opts(make, search=search.split(','), trials=trials, trial_seeds=trial_seeds, **kw)
-    else: compare_opts(make, momenta=split_floats('momenta', momenta), wds=split_floats('wds', wds), **kw)
-    c = Comparison.load(out, baseline=baseline, margin=margin, target=target)
+    else: compare_opts(make, momenta=momenta, wds=wds, **kw)
+    c = Comparison.load(out, baseline=baseline, margin=margin)
     save_fig(c.plot(), out/'results.png')
     print(f"\n{c.table().to_string()}\n\nsee {out}\n{c.verdict()}")
     return c
 
 # %% ../nbs/16_compare.ipynb #e462367b
-@wraps(compare)
-def _command(**kwargs):
-    try: return compare(**kwargs)
-    except KeyboardInterrupt:
-        print('nadam-compare: interrupted; the same command with the same out resumes', file=sys.stderr)
-        sys.exit(130)
-
 def main(
     argv:list|None=None # Arguments; None: those of the process
 ) -> int: # Exit code
     "`nadam-compare`"
-    return cli(_command, 'nadam-compare', argv)
+    code = cli(compare, 'nadam-compare', argv)
+    if code == 130: print('The same command with the same out resumes.')
+    return code
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

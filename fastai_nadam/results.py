@@ -7,17 +7,19 @@ __all__ = ['Comparison', 'confidence_interval']
 
 # %% ../nbs/15_results.ipynb #3f20c2ad
 import csv, json, math
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy.stats import binomtest, t as student_t
+from .cli import atomic_save, lock_folder, save_json, versions
 
 # %% ../nbs/15_results.ipynb #e60b2c16
 percent = '''accuracy accuracymulti topkaccuracy foregroundacc balancedaccuracyscore errorrate hammingloss
     zerooneloss'''.split()
-lower = percent[5:] + '''validloss trainloss loss mse rmse mae msle rmsle rmspe exprmspe mape perplexity bce
-    nll crossentropy logloss brierscore brierscoreloss wer cer'''.split()
+lower = percent[5:] + '''validloss trainloss loss mse rmse mae msle rmsle rmspe exprmspe mape perplexity bce nll
+    crossentropy logloss brierscore brierscoreloss wer cer'''.split()
 higher = percent[:5] + '''f1score fbetascore precisionscore recallscore jaccardscore rocaucscore averageprecisionscore
     cohenkappascore matthewscorrcoef dice dicemulti jaccardcoeff jaccardcoeffmulti r2score explainedvariancescore
     pearsonr spearmanr corpusbleu bleu psnr ssim'''.split()
@@ -34,44 +36,64 @@ def find_direction(metric, lower_is_better=None):
 point_cols = ['lr', 'mom', 'wd']
 run_cols = ['task', 'opt', *point_cols, 'seed']
 number_cols = ['train_loss', 'valid_loss', 'metric', 'test_loss', 'test_metric', 'seconds']
-result_cols = run_cols + ['epoch'] + number_cols + ['diverged']
-
-def typed(df):
-    "Results with all columns, of their types"
-    types = {**dict.fromkeys(point_cols + number_cols, float), 'seed': int, 'epoch': int, 'diverged': bool}
-    return df.reindex(columns=result_cols).reset_index(drop=True).astype(types)
-
-def in_order(df, opts):
-    "Results sorted by optimizer, as in `opts`, then by point, seed and epoch"
-    by = ['opt', *point_cols, 'seed', 'epoch']
-    return df.sort_values(by, key=lambda c: c.map(opts.index) if c.name=='opt' else c, ignore_index=True)
+result_cols = [*run_cols, 'epoch', *number_cols, 'diverged']
+types = {**dict.fromkeys(point_cols + number_cols, float), 'seed': int, 'epoch': int, 'diverged': bool}
+parse = {float: lambda s: float(s or 'nan'), int: int, str: str, bool: lambda s: bool(('False', 'True').index(s))}
 
 def read_rows(file, opts, epochs):
     "The rows of whole runs as dicts. Raises a `ValueError` that names the first damaged line"
-    text, rows, runs, run = file.read_text(encoding='utf-8') if file.exists() else '', [], set(), None
+    text, rows, runs = file.read_text(encoding='utf-8') if file.exists() else '', [], [None]
     for line,row in enumerate(csv.DictReader(text[:text.rfind('\n')+1].splitlines()), 2):
         try:
             if None in row or None in row.values(): raise ValueError("more or fewer values than columns")
-            row = {**{k: float(row.get(k) or 'nan') for k in point_cols + number_cols}, 'task': row['task'],
-                'opt': row['opt'], 'seed': int(row['seed']), 'epoch': int(row['epoch']),
-                'diverged': bool(('False', 'True').index(row['diverged']))}
-            run, last = tuple(str(row[k]) for k in run_cols), run
+            row = {k: parse[types.get(k, str)](v) for k,v in row.items()}
             if row['opt'] not in opts or not row['lr'] > 0: raise ValueError(f"opt {row['opt']!r}, lr {row['lr']}")
-            if row['epoch'] != len(rows)%epochs + 1: raise ValueError(f"epoch {row['epoch']} after {len(rows)} rows")
-            if run != last if row['epoch'] > 1 else run in runs: raise ValueError("another run, or the same again")
+            epoch, run = len(rows)%epochs + 1, str([row[k] for k in run_cols])
+            if row['epoch'] != epoch or (run in runs if epoch == 1 else run != runs[-1]):
+                raise ValueError(f"not epoch {epoch} of a run")
         except (ValueError, KeyError) as e: raise ValueError(f"{str(file)!r} is damaged in line {line}: {e}") from e
         rows.append(row)
-        runs.add(run)
+        if epoch == 1: runs.append(run)
     return rows[:len(rows)//epochs*epochs]
 
 def read_folder(folder):
     "(settings, rows) of a comparison. Raises a `ValueError` if there are none"
-    try:
-        settings = json.loads((folder/'settings.json').read_text(encoding='utf-8'))['settings']
-        opts, epochs = list(settings['opts']), int(settings['epochs'])
+    try: settings = json.loads((folder/'settings.json').read_text(encoding='utf-8'))['settings']
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"out: {str(folder)!r} has no results of a comparison: {e}") from e
-    return settings, read_rows(folder/'results.csv', opts, epochs)
+    return settings, read_rows(folder/'results.csv', settings['opts'], settings['epochs'])
+
+# %% ../nbs/15_results.ipynb #3a21178b
+class Results:
+    "Rows and settings of a comparison, in memory and, if there is an `out`, in a folder. `same` may not change"
+    def __init__(self, same, settings, out=None):
+        self.same, self.settings, self.out, self.rows = same, settings, out and Path(out), []
+    def comparison(self): return Comparison(pd.DataFrame(self.rows, columns=result_cols), **self.settings)
+    def write(self, rows, file, **kwargs):
+        pd.DataFrame(rows, columns=result_cols).to_csv(file, index=False, lineterminator='\n', **kwargs)
+    def save(self):
+        if not self.out: return
+        save_json(dict(settings=self.settings, versions=versions()), self.out/'settings.json')
+        with atomic_save(self.out/'results.csv') as f: self.write(self.rows, f, mode='wb')
+    def add(self, rows):
+        self.rows += rows
+        if self.out: self.write(rows, self.out/'results.csv', mode='a', header=False)
+
+    @contextmanager
+    def open(self):
+        "Have the folder alone, with what is there read. Raises a `ValueError` if that is of another comparison"
+        if not self.out: return (yield)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with lock_folder(self.out):
+            if any(not o.name.startswith('.') for o in self.out.iterdir()):
+                old, self.rows = read_folder(self.out)
+                new, there = (dict(o, search='trial_seeds' in o) for o in (self.settings, old))
+                for k in [*self.same, 'search']:
+                    if there.get(k) != new[k]: raise ValueError(f"out: {str(self.out)!r} has another comparison, "
+                        f"with {k} {there.get(k)!r}, not {new[k]!r}")
+                for k in {'opts', 'trial_seeds'} & {*old}: old[k] += [o for o in new[k] if o not in old[k]]
+                self.settings = old
+            yield
 
 # %% ../nbs/15_results.ipynb #be0ecb4e
 class Comparison:
@@ -92,11 +114,11 @@ class Comparison:
         if baseline not in [None, *self.opts]:
             raise ValueError(f"baseline must be one of {', '.join(self.opts)}, got {baseline!r}")
         self.baseline = baseline or ('Adam' if 'Adam' in self.opts else self.opts[-1])
-        self.results = typed(results)
+        self.results = results.reindex(columns=result_cols).astype(types).sort_values(ignore_index=True,
+            by=['opt', *point_cols, 'seed', 'epoch'], key=lambda c: c.map(self.opts.index) if c.name == 'opt' else c)
         self.tested = bool(self.results.test_metric.notna().any())
         self.in_points = plain_name(metric) in percent and not bool((self.results.metric > 1).any())
-        way = 'lower' if self.lower_is_better else 'higher'
-        self.what = f"{metric}{' of test data'*self.tested}, {way} is better"
+        self.what = f"{metric}{' of test data'*self.tested}, {'lower' if self.lower_is_better else 'higher'} is better"
         self.numbered = self.results.assign(point=self.results.groupby(point_cols, dropna=False).ngroup())
         self.runs = self.outcomes()
         self.chosen = {o: self.choose(o) for o in self.opts}
@@ -107,13 +129,10 @@ class Comparison:
         self.target = target if target is not None else end - self.sign*self.margin
 
     @classmethod
-    def load(cls,
-        folder:str|Path, # Folder of a comparison
-        **kwargs # `baseline`, `margin`, `target`
-    ):
-        "The comparison in a folder. Raises a `ValueError` if there is none"
+    def load(cls, folder:str|Path, **kwargs):
+        "The comparison in a folder; `baseline`, `margin`, `target` as above. Raises a `ValueError` if there is none"
         settings, rows = read_folder(Path(folder))
-        return cls(in_order(pd.DataFrame(rows, columns=result_cols), settings['opts']), **{**settings, **kwargs})
+        return cls(pd.DataFrame(rows, columns=result_cols), **{**settings, **kwargs})
 
 # %% ../nbs/15_results.ipynb #dd3504db
 @patch
@@ -152,28 +171,16 @@ def choose(self:Comparison, opt):
     return first, ties
 
 @patch
-def best(self:Comparison,
-    opt:str # Name of an optimizer
-) -> tuple: # (lr, mom, wd); NaN where it was not set
-    "The best point of an optimizer"
+def best(self:Comparison, opt:str) -> tuple:
+    "The best point (lr, mom, wd) of an optimizer; NaN where it was not set"
     found = self.runs.loc[self.runs.point == self.chosen[opt][0], point_cols].to_numpy()
     return tuple(map(float, found[0])) if len(found) else (math.nan,)*3
 
 @patch
-def judged(self:Comparison,
-    opt:str # Name of an optimizer
-) -> pd.DataFrame: # Rows of `results`
-    "The runs that judge an optimizer: those at its best point, in a search on the fresh seeds only"
+def judged(self:Comparison, opt:str) -> pd.DataFrame:
+    "The `results` that judge an optimizer: those at its best point, in a search on the fresh seeds only"
     df, best = self.numbered[self.numbered.opt == opt], self.chosen[opt][0]
     return df[((df.point == best) | (best is None)) & ~df.seed.isin(self.settings.get('trial_seeds', []))]
-
-# %% ../nbs/15_results.ipynb #7d29b033
-def corrected(choose, judge, draws):
-    "(mean of the best point less its inflation, mean of the best point of each draw, outcomes of the best point)"
-    best, bests = judge[:, _top(choose.mean(0))[0]], (draws @ choose).argmax(1)
-    means = (draws @ judge)[np.arange(len(draws)), bests]
-    inflation = (means - (draws.mean(0) @ judge)[bests]).mean()
-    return best.mean() - inflation, means, best
 
 # %% ../nbs/15_results.ipynb #af650395
 def confidence_interval(
@@ -188,12 +195,16 @@ def confidence_interval(
     return x.mean(), student_t.ppf(0.975, n-1)*math.sqrt(var), n
 
 # %% ../nbs/15_results.ipynb #0ddc3c0b
+def corrected(choose, judge, draws):
+    "(mean of the best point less its inflation, mean of the best point of each draw, outcomes of the best point)"
+    best, bests = judge[:, _top(choose.mean(0))[0]], (draws @ choose).argmax(1)
+    means = (draws @ judge)[np.arange(len(draws)), bests]
+    inflation = (means - (draws.mean(0) @ judge)[bests]).mean()
+    return best.mean() - inflation, means, best
+
 @patch
-def difference(self:Comparison,
-    opt:str, # Name of an optimizer
-    base:str|None=None # The one it is compared with; None: none, so that the difference is the value itself
-) -> tuple: # (difference, half of its 95 % interval's width, number of seeds)
-    "How much an optimizer at its best is above another at its best, seed by seed, less what choosing adds to that"
+def difference(self:Comparison, opt:str, base:str|None=None) -> tuple: # (difference, half of its interval, seeds)
+    "How much the best of `opt` is above that of `base`, seed by seed, less what choosing adds. No `base`: its value"
     tables = [self.judging[o] for o in (opt, base) if o]
     seeds = tables[0][0].index.intersection(tables[-1][0].index)
     if not (n := len(seeds)): return math.nan, math.nan, 0
@@ -204,9 +215,7 @@ def difference(self:Comparison,
 
 # %% ../nbs/15_results.ipynb #db619e28
 @patch
-def time_to_target(self:Comparison,
-    opt:str # Name of an optimizer
-) -> pd.DataFrame: # Columns `epochs` and `seconds`, a row for each seed
+def time_to_target(self:Comparison, opt:str) -> pd.DataFrame: # Columns `epochs` and `seconds`, a row for each seed
     "Epochs, and seconds of training, until each judged run first reached the target; inf if it did not"
     runs = self.judged(opt).sort_values(['seed', 'epoch'])
     runs = runs.assign(seconds=runs.groupby('seed').seconds.cumsum())
@@ -215,7 +224,7 @@ def time_to_target(self:Comparison,
 
 def p_values(diff, half, n, margin):
     "Of no difference, and of one of `margin` or more: the larger of two one-sided tests"
-    if n < 2 or math.isnan(diff): return (1., 1.) if n == 1 else (math.nan, math.nan)
+    if n < 2: return math.nan, math.nan
     se, t = max(half/student_t.ppf(0.975, n-1), 1e-12), student_t(n-1)
     return 2*t.sf(abs(diff)/se), t.sf((margin - abs(diff))/se)
 
@@ -273,8 +282,8 @@ def verdict(self:Comparison) -> str:
         elif r.p < 0.05: shown.append(f"{o} is {'better' if self.sign*r['diff'] > 0 else 'worse'} than {base} by {by}")
         else: (equal if r.p_equal < 0.05 else neither).append(f'{o} ({d})')
     if equal: shown.append(f"equal to {base} within {margin}: {', '.join(equal)}")
-    excluded = f'a difference of {margin} is not excluded'
-    if neither: shown.append(f"no difference shown between {base} and {', '.join(neither)}; {excluded}")
+    if neither: shown += [f"no difference shown between {base} and {', '.join(neither)}",
+        f"a difference of {margin} is not excluded"]
     if none: shown.append(f"no comparison of {base} with {', '.join(none)}: too few runs that did not diverge")
     n = int(s.seeds.max())
     how = f"{self.what}, {n} seed{'s'*(n != 1)}, 95 % intervals"
@@ -284,23 +293,21 @@ def verdict(self:Comparison) -> str:
 @patch
 def notes(self:Comparison, summary):
     "What one should know beside the differences"
-    notes, edges, ties = [], [], []
-    for o in self.opts:
-        tried = self.runs[self.runs.opt == o]
-        for k,v in zip(point_cols, self.best(o)):
-            for which in ('min', 'max'):
-                edge = tried[k].nunique() > 1 and v == tried[k].agg(which)
-                if edge: edges.append(f"{k} {v:.4g} of {o} ({which}imum)")
+    edges, ties, gone = [], [], []
+    for o,r in summary.iterrows():
+        tried, best = self.runs[self.runs.opt == o], dict(zip(point_cols, self.best(o)))
+        edges += [f"{k} {v:.4g} of {o} ({which}imum)" for k,v in best.items() for which in ('min', 'max')
+            if tried[k].nunique() > 1 and v == tried[k].agg(which)]
         lrs = [f'{tried[tried.point == i].lr.iloc[0]:.4g}' for i in self.chosen[o][1]]
-        if lrs: ties.append(f"{self.best(o)[0]:.4g} and {', '.join(lrs)} of {o}")
-    gone = [f"{r.diverged:.0f} of {r.runs:.0f} of {o} ({r.diverged_low:.0%} to {r.diverged_high:.0%})"
-            for o,r in summary.iterrows() if r.diverged]
-    if gone: notes.append(f"Diverged, and counted as the worst outcome: {', '.join(gone)}")
-    if edges: notes.append(f"Best at the edge of what was tried, and a better one may lie beyond: {', '.join(edges)}")
-    if ties: notes.append(f"Learning rates that tie, of which the lower was taken: {', '.join(ties)}")
+        if lrs: ties.append(f"{best['lr']:.4g} and {', '.join(lrs)} of {o}")
+        rate = f'({r.diverged_low:.0%} to {r.diverged_high:.0%})'
+        if r.diverged: gone.append(f"{r.diverged:.0f} of {r.runs:.0f} of {o} {rate}")
     undefined = (~self.runs.diverged & self.runs[['choose', 'judge']].isna().any(axis=1)).sum()
-    if undefined: notes.append(f"Runs without a defined {self.metric}, left out: {undefined}")
-    return notes
+    notes = {"Diverged, and counted as the worst outcome": gone,
+        "Best at the edge of what was tried, and a better one may lie beyond": edges,
+        "Learning rates that tie, of which the lower was taken": ties,
+        f"Runs without a defined {self.metric}, left out": [str(undefined)]*bool(undefined)}
+    return [f"{k}: {', '.join(v)}" for k,v in notes.items() if v]
 
 # %% ../nbs/15_results.ipynb #77384bb9
 @patch
@@ -313,8 +320,7 @@ def plot(self:Comparison) -> plt.Figure:
     for i,(o,r) in enumerate(s.iterrows()):
         look, half = dict(color=f'C{i}', marker='os^Dv*'[i%6], ms=6), np.nan_to_num(r.diff_interval, posinf=0)
         if o != self.baseline: ax0.errorbar(scale*r['diff'], i, xerr=scale*half, capsize=4, **look)
-        curve = self.judged(o).groupby('epoch').metric.mean()
-        curve = curve[curve.index > self.results.epoch.max()//2]
+        curve = self.judged(o).groupby('epoch').metric.mean().loc[self.results.epoch.max()//2 + 1:]
         ax1.plot(curve.index, curve, ls=('-', '--', ':', '-.')[i%4], label=o, **look)
     ax0.set(title=f'Difference to {self.baseline}, 95 % intervals', xlabel=self.what + ' (points)'*self.in_points,
         ylim=(len(s)-0.5, -0.5), yticks=range(len(s)), yticklabels=s.index)

@@ -6,14 +6,13 @@
 __all__ = ['tensor_dls', 'find_task']
 
 # %% ../nbs/14_tasks.ipynb #862a3d8a
+import importlib, operator
 from functools import lru_cache
-from importlib.util import module_from_spec, spec_from_file_location
 
-from fastai.tabular.all import *
 from fastai.vision.all import *
 from fastai.vision.models.xresnet import XResNet
-from .cli import check_int
-from .data import check_images, data_path, digits_path, downloads, get_dls, list_images
+from sklearn.datasets import load_breast_cancer, load_digits
+from .data import check_images, data_path, downloads, image_dls, list_images
 from .train import make_learner as image_learner
 
 # %% ../nbs/14_tasks.ipynb #a01fcd5d
@@ -27,46 +26,35 @@ def tensor_dls(
         return DataLoader(range(len(x)), do_item=noops, create_batch=batch, device=default_device(), **kwargs)
     return DataLoaders(dl(*sets[0], bs=bs, shuffle=True, drop_last=True), *(dl(*o, bs=1000) for o in sets[1:]))
 
+# %% ../nbs/14_tasks.ipynb #e1f0a9d2
+def split_sets(x, y, *sizes):
+    "Random items of each size, always the same"
+    parts = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).split(sizes)
+    return [(x[i], y[i]) for i in parts]
+
 # %% ../nbs/14_tasks.ipynb #952f644d
 @lru_cache
-def digits_sets() -> tuple: # (images, classes) for training, validation and test
-    "The handwritten digits as tensors"
-    def load(files):
-        images = torch.stack([tensor(PILImageBW.create(f))[None]/255 - 0.3 for f in files])
-        return images, tensor([int(f.parent.name) for f in files])
-    files = list_images(digits_path())
-    train, val = (files.filter(lambda o: o.parent.parent.name == k) for k in ('train', 'val'))
-    return load(train), load(val[::2]), load(val[1::2])
+def digits_sets() -> list: # (images, classes) for training, validation and test
+    x, y = map(tensor, load_digits(return_X_y=True))
+    return split_sets((x/16 - 0.3).float().view(-1, 1, 8, 8), y.long(), 1437, 180, 180)
 
-def digits_learner(
-    opt_func, # Optimizer
-    width:int=1 # Times the width of the network
-) -> Learner:
+def digits_learner(opt_func):
     "A `Learner` of the handwritten digits, with a small xresnet"
-    model = XResNet(ResBlock, 1, [1,1,1,1], c_in=1, n_out=10, stem_szs=(8,8,64), widen=width/4)
+    model = XResNet(ResBlock, 1, [1,1,1,1], c_in=1, n_out=10, stem_szs=(8,8,64), widen=1/4)
     model[3] = nn.Identity() # max-pooling
     return Learner(tensor_dls(*digits_sets(), bs=128), model, CrossEntropyLossFlat(), opt_func, metrics=accuracy)
 
 # %% ../nbs/14_tasks.ipynb #d2482887
 @lru_cache
-def cancer_dls(
-    bs:int=32 # Samples per batch
-) -> DataLoaders:
-    "scikit-learn's breast-cancer table"
-    from sklearn.datasets import load_breast_cancer
-    df = load_breast_cancer(as_frame=True).frame
-    test, rest = df[::6], df.drop(df.index[::6]).reset_index(drop=True)
-    dls = TabularDataLoaders.from_df(rest, procs=[Normalize], cont_names=list(df.columns[:-1]), y_names='target',
-        y_block=CategoryBlock(), valid_idx=list(range(0, len(rest), 5)), bs=bs)
-    dls.loaders.append(dls.test_dl(test.copy(), with_labels=True))
-    return dls
+def cancer_sets() -> list: # (numbers, classes) for training, validation and test
+    x, y = map(tensor, load_breast_cancer(return_X_y=True))
+    return split_sets(((x - x.mean(0))/x.std(0)).float(), y.long(), 379, 95, 95)
 
-def tabular_task_learner(
-    opt_func, # Optimizer
-    width:int=1 # Times the width of the network
-) -> Learner:
+def tabular_task_learner(opt_func):
     "A `Learner` of scikit-learn's breast-cancer table"
-    return tabular_learner(cancer_dls(), layers=[64*width, 32*width], opt_func=opt_func, metrics=accuracy)
+    layers = [LinBnDrop(i, o, act=nn.ReLU(inplace=True)) for i,o in ((30, 64), (64, 32))]
+    model = nn.Sequential(nn.BatchNorm1d(30), *layers, nn.Linear(32, 2))
+    return Learner(tensor_dls(*cancer_sets(), bs=32), model, CrossEntropyLossFlat(), opt_func, metrics=accuracy)
 
 # %% ../nbs/14_tasks.ipynb #22501fb1
 @lru_cache
@@ -81,19 +69,15 @@ def topics_sets() -> tuple: # (inputs, targets) for training, validation and tes
 
 class CharGRU(Module):
     "A character-level language model"
-    def __init__(self, n_chars, nh):
-        self.emb, self.rnn = nn.Embedding(n_chars, 32), nn.GRU(32, nh, batch_first=True)
-        self.out = nn.Linear(nh, n_chars)
+    def __init__(self, n_chars):
+        self.emb, self.rnn = nn.Embedding(n_chars, 32), nn.GRU(32, 32, batch_first=True)
+        self.out = nn.Linear(32, n_chars)
     def forward(self, x): return self.out(self.rnn(self.emb(x))[0])
 
-def text_task_learner(
-    opt_func, # Optimizer
-    width:int=1 # Times the width of the network
-) -> Learner:
+def text_task_learner(opt_func):
     "A `Learner` of a character-level language model; its accuracy is that of the next character"
     *sets, n_chars = topics_sets()
-    model = CharGRU(n_chars, 32*width)
-    return Learner(tensor_dls(*sets, bs=32), model, CrossEntropyLossFlat(), opt_func, metrics=accuracy)
+    return Learner(tensor_dls(*sets, bs=32), CharGRU(n_chars), CrossEntropyLossFlat(), opt_func, metrics=accuracy)
 
 # %% ../nbs/14_tasks.ipynb #ee4540d4
 tasks = dict(digits=digits_learner, tabular=tabular_task_learner, text=text_task_learner)
@@ -102,12 +86,12 @@ text_task_learner.lrs = (1e-2, 3e-2, 1e-1, 3e-1)
 for f in tasks.values(): f.epochs = 4
 
 # %% ../nbs/14_tasks.ipynb #4d21eb98
-_list = lru_cache(list_images)
-
 @lru_cache
 def folder_dls(path, size, bs):
+    "`DataLoaders` of a folder, which is listed and checked once"
+    check_images(files := list_images(path))
     # with no random number drawn, so that the first run of a process has the weights of the others
-    with no_random(): return get_dls(path, size, bs, files=_list(path))
+    with no_random(): return image_dls(files, size, bs, num_workers=0)
 
 def folder_learner(
     opt_func, # Optimizer
@@ -120,44 +104,53 @@ def folder_learner(
     return image_learner(folder_dls(path, size, bs), arch, opt_func)
 
 # %% ../nbs/14_tasks.ipynb #2a18c68a
-def load_function(
-    file:str|Path, # A Python file
-    name:str # A function in it
-):
+def load_function(file, name):
     "A function of a Python file. Raises a `ValueError` if it is not there"
-    file = Path(file).expanduser().absolute()
+    file = Path(file).expanduser().resolve()
     if not file.is_file(): raise ValueError(f"task: there is no file {str(file)!r}")
-    mod = sys.modules.get(file.stem)
-    if getattr(mod, '__file__', None) != str(file):
-        if mod: raise ValueError(f"task: another module is called {file.stem}; give {file.name} another name")
-        if str(file.parent) not in sys.path: sys.path.append(str(file.parent))
-        spec = spec_from_file_location(file.stem, file)
-        mod = sys.modules[file.stem] = module_from_spec(spec)
-        try: spec.loader.exec_module(mod)
-        except Exception as e:
-            del sys.modules[file.stem]
-            raise ValueError(f"task: {str(file)!r} cannot be imported: {e!r}") from e
+    if str(file.parent) not in sys.path: sys.path.insert(0, str(file.parent))
+    try: mod = importlib.import_module(file.stem)
+    except Exception as e: raise ValueError(f"task: {str(file)!r} cannot be imported: {e!r}") from e
+    if Path(getattr(mod, '__file__', None) or '').resolve() != file:
+        raise ValueError(f"task: another module is called {file.stem}; give {file.name} another name")
     if not callable(f := getattr(mod, name, None)): raise ValueError(f"task: {str(file)!r} has no function {name!r}")
     return f
 
 # %% ../nbs/14_tasks.ipynb #169eb9ab
 def find_task(
-    task:str, # Name in `tasks`, `imagenette` or `imagewoof`, a folder of images, or `FILE.py:function`
-    width:int=1, # Times the width of the network of a task in `tasks`
+    task:str, # `digits`, `tabular`, `text`, `imagenette`, `imagewoof`, a folder of images, or `FILE.py:function`
     **kwargs # `arch`, `size` and `bs`, for a folder
 ) -> tuple: # (function of `opt_func`, its name, learning rates, epochs)
     "What to compare on. Raises a `ValueError` if it is not there"
-    check_int('width', width)
-    if width != 1 and task not in tasks: raise ValueError(f"width is for {', '.join(tasks)}; task is {task!r}")
     file, _, name = task.rpartition(':')
-    f, lrs = tasks.get(task) or (load_function(file, name) if file.endswith('.py') else None), (1e-3, 3e-3, 1e-2, 3e-2)
-    if f:
-        if kwargs: raise ValueError(f"{', '.join(kwargs)}: only for a folder of images, task is {task!r}")
-        lrs, epochs = getattr(f, 'lrs', lrs), getattr(f, 'epochs', 5)
-        if width > 1: f, name = partial(f, width=width), f'{name}, width {width}'
-        return f, name, lrs, epochs
-    path, known = Path(data_path(task)).absolute(), ', '.join([*tasks, *downloads])
-    if not path.is_dir(): raise ValueError(f"task must be {known}, a folder, or FILE.py:function, got {task!r}")
-    check_images(_list(path))
-    name = ', '.join([str(path), *(f'{k} {v}' for k,v in kwargs.items())])
-    return partial(folder_learner, path=path, **kwargs), name, lrs, 5
+    f = load_function(file, name) if file.endswith('.py') else tasks.get(task)
+    if f and kwargs: raise ValueError(f"{', '.join(kwargs)}: only for a folder of images, task is {task!r}")
+    if not f:
+        path, known = data_path(task).absolute(), ', '.join([*tasks, *downloads])
+        if not path.is_dir(): raise ValueError(f"task must be {known}, a folder, or FILE.py:function, got {task!r}")
+        f = partial(folder_learner, path=path, **kwargs)
+        name = ', '.join([str(path), *(f'{k} {v}' for k,v in kwargs.items())])
+    return f, name, getattr(f, 'lrs', (1e-3, 3e-3, 1e-2, 3e-2)), getattr(f, 'epochs', 5)
+
+# %% ../nbs/14_tasks.ipynb #b673a56b
+def seed_learner(make_learner, opt_func, seed):
+    "A `Learner` whose weights and batches depend on `seed` only. Raises a `ValueError` if its optimizer is another"
+    set_seed(seed, reproducible=True)
+    learn = make_learner(opt_func)
+    if not isinstance(learn, Learner): raise ValueError(f"make_learner must return a Learner, not {learn!r}")
+    if learn.opt_func is not opt_func:
+        raise ValueError("make_learner ignores its opt_func: the Learner must have it, as it is")
+    set_seed(seed, reproducible=True)
+    for dl in learn.dls.loaders: dl.rng = random.Random(seed)
+    return learn
+
+def check_learner(make_learner, opt_funcs):
+    "A `Learner`, once it is sure that each is new, and that those of a seed have the same weights"
+    first, *others = (seed_learner(make_learner, f, 0) for f in [opt_funcs[0], *opt_funcs])
+    ps = list(first.model.parameters())
+    for qs in (list(o.model.parameters()) for o in others):
+        if any(map(operator.is_, ps, qs)): raise ValueError("make_learner must make a new model each time")
+        if len(ps) != len(qs) or not all(map(torch.equal, ps, qs)):
+            raise ValueError("make_learner must give the same initial weights after the same seed")
+    if len(first.dls.loaders) < 2: raise ValueError("make_learner must return a Learner with validation data")
+    return first

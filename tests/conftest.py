@@ -15,16 +15,23 @@ seed = int(os.environ.get('NADAM_TEST_SEED', random.SystemRandom().randrange(2**
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    "Seed every generator from the run's seed and the test's name, so that a test draws alone what it drew among the others"
+    "Seed every generator from the run's seed and the test's name: a test draws alone what it drew among the others"
     s = random.Random(f'{seed} {request.node.nodeid}').randrange(2**32)
     random.seed(s)
     np.random.seed(s)
     torch.manual_seed(s)
 
+@pytest.fixture(scope='session')
+def all_cores():
+    "The environment of a process that may use this worker's share of the cores"
+    n = os.cpu_count() // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
+    return {**os.environ, 'OMP_NUM_THREADS': str(max(1, n))}
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item):
     rep = (yield).get_result()
-    if rep.failed: rep.sections.append(('Random inputs', f"to draw the same again: NADAM_TEST_SEED={seed} pytest '{item.nodeid}'"))
+    if rep.failed:
+        rep.sections.append(('Random inputs', f"to draw the same again: NADAM_TEST_SEED={seed} pytest '{item.nodeid}'"))
 
 @pytest.fixture(scope='session')
 def copy_project():

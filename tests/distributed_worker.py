@@ -11,7 +11,8 @@ paths = dict(default=dict(), loop=dict(foreach=False, fused=False), foreach=dict
 
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1))  # seven rows for two ranks, and a bias of one element
+    # seven rows for two ranks, and a bias of one element
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1))
 
 def grads(m, x, i):
     for p in m.parameters(): p.grad = None
@@ -21,7 +22,7 @@ def grads(m, x, i):
 def groups(m): return [list(m[0].parameters()), list(m[2].parameters())]
 
 def shard(folder):
-    "Parameters of `fully_shard` on every path beside one process with the steppers, and their state through a checkpoint"
+    "`fully_shard` on every path beside one process with the steppers, and its state through a checkpoint"
     import torch.distributed.checkpoint as dcp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -47,7 +48,8 @@ def shard(folder):
                 for p,q in zip(m.parameters(), whole.parameters(), strict=True):
                     assert isinstance(p, DTensor)
                     torch.testing.assert_close(full(p.detach()), q.detach(), rtol=1e-5, atol=1e-6)
-                    for k,v in ref.state[q].items(): torch.testing.assert_close(full(opt.state[p][k]), v, rtol=1e-5, atol=1e-6)
+                    for k,v in ref.state[q].items():
+                        torch.testing.assert_close(full(opt.state[p][k]), v, rtol=1e-5, atol=1e-6)
             check()
             dcp.save({'model': m.state_dict(), 'opt': opt.state_dict()}, checkpoint_id=f'{folder}/{name}')
             m = fully_shard(model(), mesh=mesh)
@@ -84,7 +86,8 @@ def data_parallel(folder):
     xs = torch.randn(64, 5, generator=gen)
     items = list(zip(xs, xs.sum(1, keepdim=True)))
     if dist.is_initialized(): bs = 8
-    else: bs, items = 16, [o for i in range(0, 32, 8) for o in items[i:i+8] + items[32+i:40+i]]  # rank 1 has the second half
+    # rank 1 has the second half
+    else: bs, items = 16, [o for i in range(0, 32, 8) for o in items[i:i+8] + items[32+i:40+i]]
     dls = DataLoaders(*(DataLoader(items, bs=bs, shuffle=False, num_workers=0) for _ in range(2)), device='cpu')
     learn = Learner(dls, model(), loss_func=MSELossFlat(), opt_func=NAdam, lr=0.05)
     with learn.no_bar(), learn.no_logging():

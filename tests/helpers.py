@@ -25,7 +25,8 @@ def copies(ps, dtype=None):
 
 def twin(opt, impl):
     "Another optimizer like `opt`, with copies of its parameters, gradients and state"
-    other = with_impl(NAdamOptimizer, [copies(pg) for pg in opt.param_lists], impl, rule=opt.rule, decouple_wd=opt.decouple_wd, **opt.hypers[0])
+    other = with_impl(NAdamOptimizer, [copies(pg) for pg in opt.param_lists], impl, rule=opt.rule,
+        decouple_wd=opt.decouple_wd, **opt.hypers[0])
     for p,q in zip(all_params(opt), all_params(other)): q.grad = None if p.grad is None else p.grad.clone()
     other.load_state_dict(deepcopy(opt.state_dict()))
     return other
@@ -60,7 +61,8 @@ def same(a, b):
 
 def assert_close(ps, qs, tol=1e-5):
     "The same values, in whatever precision"
-    for p,q in zip(ps, qs, strict=True): torch.testing.assert_close(p.detach().double(), q.detach().double(), rtol=tol, atol=tol)
+    for p,q in zip(ps, qs, strict=True):
+        torch.testing.assert_close(p.detach().double(), q.detach().double(), rtol=tol, atol=tol)
 
 def assert_same(opt, other, tol=None):
     "The same parameters and the same state, up to rounding; averages have the dtype and device of their parameter"

@@ -2,7 +2,8 @@
 import pytest, torch
 from packaging.version import Version
 
-needs_kernel = pytest.mark.skipif(Version(torch.__version__) < Version('2.4'), reason='this PyTorch has no fused AdamW on a CPU')
+needs_kernel = pytest.mark.skipif(Version(torch.__version__) < Version('2.4'),
+    reason='this PyTorch has no fused AdamW on a CPU')
 
 loop = dict(foreach=False, fused=False)
 

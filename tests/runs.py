@@ -8,6 +8,7 @@ from fastai.vision.all import Callback, Image
 from fastai_nadam import train as room
 from fastai_nadam.data import digits_path
 from fastai_nadam.train import main, new_learner
+from helpers import same
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -43,21 +44,14 @@ def refused(capsys, args):
 
 def weights(path): return torch.load(path/'model.pth', weights_only=True)['model']
 
-def same(a, b): return all(torch.equal(a[k], b[k]) for k in {**a, **b})
-
 def history(path): return pd.read_csv(path/'history.csv').drop(columns='time')
 
 def names(path): return sorted(o.name for o in path.iterdir())
 
-def equal(a, b):
-    if isinstance(a, torch.Tensor): return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, list) else a == b
-
 def same_run(a, b):
     "The same files, with the same weights and the same state of the optimizer to the last bit"
     assert names(a) == names(b) == ['args.json', 'history.csv', 'history.png', 'model.pth']
-    assert equal(*(torch.load(p/'model.pth', weights_only=True) for p in (a, b)))
+    assert same(*(torch.load(p/'model.pth', weights_only=True) for p in (a, b)))
     assert history(a).equals(history(b)) and (a/'args.json').read_text() == (b/'args.json').read_text()
 
 class Stop(Callback):

@@ -10,11 +10,9 @@ from fastai_nadam.bench import (bench_cases, bench_step, bench_training, extra_m
     reference, show_table)
 from fastai_nadam.multi_tensor import _kernel
 from impls import needs_kernel
+from runs import here
 
 pytestmark = needs_kernel
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
 
 def test_turns_are_fair():
     calls = []

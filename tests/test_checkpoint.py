@@ -87,9 +87,10 @@ def test_one_run_at_a_time_in_a_folder(tiny, tmp_path, capsys):
         assert {f: f.read_bytes() for f in (tmp_path/'out').iterdir()} == before
         p.send_signal(signal.SIGCONT)
         p.send_signal(signal.SIGINT)
-        p.communicate(timeout=60)
+        out, err = p.communicate(timeout=60)
     finally: p.kill()
-    assert p.returncode == 130 and names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
+    assert p.returncode == 130, err
+    assert names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
 
 def resumed_elsewhere(path):
     "As if the run had been resumed on a machine that sees no lock of ours, and had ended there"
@@ -122,7 +123,8 @@ def test_fg_after_the_run_has_ended_elsewhere(rc, tiny, tmp_path, monkeypatch, s
             if rc: raise KeyboardInterrupt
     monkeypatch.setattr(Checkpoint, 'after_epoch', elsewhere)
     assert main(argv(**tiny, out='out')) == rc
-    if rc: assert {f.name: f.read_bytes() for f in Path('out').iterdir()} == {f.name: f.read_bytes() for f in Path('copy').iterdir()}
+    def contents(path): return {f.name: f.read_bytes() for f in Path(path).iterdir()}
+    if rc: assert contents('out') == contents('copy')
     else: assert names(tmp_path/'out') == ['args.json', 'history.csv', 'history.png', 'model.pth']
 
 def test_a_full_disk(tiny, whole, tmp_path):
@@ -132,8 +134,9 @@ def test_a_full_disk(tiny, whole, tmp_path):
     def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (size*2//3, size*2//3))
     p = start(argv(**tiny, seed=7, out='out'), tmp_path, before=limit)
     out, err = p.communicate(timeout=120)
-    assert p.returncode == 2 and err.splitlines()[-1].startswith("nadam-train: cannot write '") and err.endswith("out/checkpoint.pth': File too large\n")
-    assert 'Traceback' not in err and out.endswith('nadam-train --resume out\n')
+    assert p.returncode == 2 and err.splitlines()[-1].startswith("nadam-train: cannot write '")
+    assert err.endswith("out/checkpoint.pth': File too large\n") and 'Traceback' not in err
+    assert out.endswith('nadam-train --resume out\n')
     assert names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
     assert main(['--resume', 'out']) == 0
     same_run(tmp_path/'out', whole)
@@ -158,7 +161,8 @@ def test_killed_at_any_moment(opt, tiny, tmp_path):
         p = start(more, tmp_path)
         try:
             end = time.time() + 120
-            while (not file.exists() or file.stat().st_mtime_ns == last) and p.poll() is None and time.time() < end: time.sleep(0.01)
+            while (not file.exists() or file.stat().st_mtime_ns == last) and p.poll() is None and time.time() < end:
+                time.sleep(0.01)
             time.sleep(random.uniform(0, wait))
             assert p.poll() is None, p.communicate()
         finally: p.kill()
@@ -223,14 +227,20 @@ def other_args(file, **changed):
     (lambda f: f.write_bytes(f.read_bytes()[:random.randrange(f.stat().st_size)]), 'is damaged, or no checkpoint'),
     (lambda f: f.write_bytes(b''), 'is damaged, or no checkpoint'),
     (lambda f: torch.save({'model': {}}, f), 'is damaged, or no checkpoint'),
-    (lambda f: torch.save([1], f), 'is damaged, or no checkpoint'), (lambda f: torch.save(Evil(), f), 'is damaged, or no checkpoint'),
+    (lambda f: torch.save([1], f), 'is damaged, or no checkpoint'),
+    (lambda f: torch.save(Evil(), f), 'is damaged, or no checkpoint'),
     (lambda f: rewrite(f, format=0), 'its format is 0'), (lambda f: rewrite(f, rng=[{}]), 'does not fit'),
-    (lambda f: rewrite(f, rng=[{}]*3), 'trained by 3 processes, now 1: start torchrun --nproc_per_node 3 -m fastai_nadam.train'),
-    (lambda f: rewrite(f, opt={'hypers': [], 'state': []}), 'does not fit'), (lambda f: rewrite(f, losses=3), 'does not fit'),
+    (lambda f: rewrite(f, rng=[{}]*3),
+        'trained by 3 processes, now 1: start torchrun --nproc_per_node 3 -m fastai_nadam.train'),
+    (lambda f: rewrite(f, opt={'hypers': [], 'state': []}), 'does not fit'),
+    (lambda f: rewrite(f, losses=3), 'does not fit'),
     (lambda f: rewrite(f, model={}), 'does not fit'),
-    (lambda f: rewrite(f, data=[9, 9, 'a', 'b']), 'the data has changed: 16 training and 8 validation items in 2 classes, it was 9'),
-    (partial(other_args, arch='squeezenet1_0'), 'does not fit'), (partial(other_args, depth=3), 'no such option: depth'),
-    (lambda f: f.with_name('args.json').write_text('{'), 'is no args.json of a run'), (lambda f: f.with_name('args.json').unlink(), 'args: no such file')])
+    (lambda f: rewrite(f, data=[9, 9, 'a', 'b']),
+        'the data has changed: 16 training and 8 validation items in 2 classes, it was 9'),
+    (partial(other_args, arch='squeezenet1_0'), 'does not fit'),
+    (partial(other_args, depth=3), 'no such option: depth'),
+    (lambda f: f.with_name('args.json').write_text('{'), 'is no args.json of a run'),
+    (lambda f: f.with_name('args.json').unlink(), 'args: no such file')])
 def test_resume_refused(damage, message, stopped, capsys, monkeypatch):
     monkeypatch.setattr(Learner, '_do_fit', lambda *a, **k: pytest.fail('it trains'))
     damage(stopped/'checkpoint.pth')

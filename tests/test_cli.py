@@ -31,7 +31,8 @@ def test_options_are_named_as_the_arguments(capsys):
 
 @pytest.mark.parametrize('argv,message', [('--lr=much', "do-it: argument --lr: invalid float value: 'much'\n"),
     ('--num_worker 3', 'unrecognized arguments: --num_worker 3; did you mean --num_workers?\n'),
-    ('--fp16=no', "do-it: argument --fp16: ignored explicit argument 'no'\n"), ('digits', 'do-it: unrecognized arguments: digits\n')])
+    ('--fp16=no', "do-it: argument --fp16: ignored explicit argument 'no'\n"),
+    ('digits', 'do-it: unrecognized arguments: digits\n')])
 def test_a_mistake_is_one_line(argv, message, capsys):
     assert code(argv.split()) == 2
     err = capsys.readouterr().err
@@ -53,7 +54,8 @@ def raises(error):
 @pytest.mark.parametrize('func,rc,message', [
     (raises(ValueError('lr must\n  be  positive')), 2, 'x: lr must be positive\n'),
     (raises(OSError(28, 'No space left on device', 'a/b')), 2, "No space left on device: 'a/b'"),
-    (raises(KeyboardInterrupt()), 130, 'x: interrupted\n'), (no_memory, 2, 'x: MemoryError\n'), (in_a_callback, 2, 'x: no such thing\n'),
+    (raises(KeyboardInterrupt()), 130, 'x: interrupted\n'), (no_memory, 2, 'x: MemoryError\n'),
+    (in_a_callback, 2, 'x: no such thing\n'),
     (too_much, 2, "x: can't allocate memory: you tried to allocate")])
 def test_errors_of_the_function(func, rc, message, capsys, monkeypatch):
     assert cli(func, 'x', []) == rc
@@ -84,6 +86,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             raise error
         assert file.read_bytes() == b'two' and list(tmp_path.iterdir()) == [file]
 
+def test_ctrl_c_while_torch_writes(tmp_path):
+    "torch.save makes a RuntimeError of it, wherever it comes but at the end"
+    class Interrupted:
+        def __init__(self, f, n): self.f, self.n = f, n
+        def write(self, b):
+            if not self.n: raise KeyboardInterrupt
+            self.n -= 1
+            return self.f.write(b)
+    for n in range(30):
+        with pytest.raises(KeyboardInterrupt), atomic_save(tmp_path/'file') as f:
+            torch.save(dict(a=torch.randn(1000), b=torch.randn(3)), Interrupted(f, n))
+    assert not list(tmp_path.iterdir())
+
 @pytest.fixture
 def small_disk():
     "No file may be longer than 100 kB"
@@ -93,11 +108,13 @@ def small_disk():
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-@pytest.mark.parametrize('write', [lambda f: torch.save(dict(model={'w': torch.randn(10**5)}), f), lambda f: f.write(os.urandom(10**6))])
+@pytest.mark.parametrize('write', [lambda f: torch.save(dict(model={'w': torch.randn(10**5)}), f),
+    lambda f: f.write(os.urandom(10**6))])
 def test_a_full_disk_is_an_os_error_that_names_the_file(write, small_disk, tmp_path):
     file = tmp_path/'model.pth'
     file.write_bytes(b'old')
-    with pytest.raises(OSError, match=r"^cannot write '.*/model.pth': File too large$"), atomic_save(file) as f: write(f)
+    with pytest.raises(OSError, match=r"^cannot write '.*/model.pth': File too large$"), atomic_save(file) as f:
+        write(f)
     assert file.read_bytes() == b'old' and list(tmp_path.iterdir()) == [file]
 
 def test_json_and_figure(tmp_path):
@@ -129,13 +146,15 @@ def test_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
     p = other(tmp_path)
     try:
         p.send_signal(signal.SIGSTOP)  # stopped is not dead
-        with pytest.raises(ValueError, match='another run is at work in'), lock_folder(tmp_path): pytest.fail('two in one folder')
+        with pytest.raises(ValueError, match='another run is at work in'), lock_folder(tmp_path):
+            pytest.fail('two in one folder')
     finally: p.kill()
     p.wait()
     with lock_folder(tmp_path):
         with pytest.raises(ValueError, match='another run is at work in'), lock_folder(tmp_path): pytest.fail('twice')
         code = 'import sys; from fastai_nadam.cli import lock_folder\nwith lock_folder(sys.argv[1]): pass'
-        assert 'another run is at work in' in subprocess.run([sys.executable, '-c', code, tmp_path], capture_output=True, text=True).stderr
+        assert 'another run is at work in' in subprocess.run([sys.executable, '-c', code, tmp_path],
+            capture_output=True, text=True).stderr
     assert list(tmp_path.iterdir()) == []
 
 def test_lock_that_was_deleted_meanwhile(tmp_path, monkeypatch):
@@ -146,7 +165,8 @@ def test_lock_that_was_deleted_meanwhile(tmp_path, monkeypatch):
         if len(files) == 1: (tmp_path/'.lock').unlink()
         return lock(f)
     monkeypatch.setattr(room, '_lock', once)
-    with lock_folder(tmp_path): assert len(files) == 2 and os.path.samestat(os.fstat(files[1].fileno()), (tmp_path/'.lock').stat())
+    with lock_folder(tmp_path):
+        assert len(files) == 2 and os.path.samestat(os.fstat(files[1].fileno()), (tmp_path/'.lock').stat())
 
 def test_lock_where_there_are_none(tmp_path, monkeypatch):
     def no_locks(f): raise OSError(38, 'Function not implemented')

@@ -8,7 +8,8 @@ from fastai.vision.all import Flip, Image, Path, URLs, get_image_files, set_seed
 from sklearn.datasets import load_digits
 
 from fastai_nadam import data as room
-from fastai_nadam.data import check_images, data_path, digits_path, download, get_dls, image_dls, list_images, write_digits
+from fastai_nadam.data import (check_images, data_path, digits_path, download, get_dls, image_dls, list_images,
+    write_digits)
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
@@ -25,7 +26,8 @@ def folder(tmp_path):
     for split,n in dict(train=8, val=4).items():
         for c in ('cat', 'dog'):
             (path/split/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(np.random.randint(0, 256, (20, 30, 3), dtype=np.uint8)).save(path/split/c/f'{i}.png')
+            for i in range(n):
+                Image.fromarray(np.random.randint(0, 256, (20, 30, 3), dtype=np.uint8)).save(path/split/c/f'{i}.png')
     return path
 
 def files_below(path): return sorted(str(f.relative_to(path)) for f in path.rglob('*') if f.is_file())
@@ -82,7 +84,8 @@ def server(home, monkeypatch):
     httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     monkeypatch.setattr(URLs, 'IMAGENETTE_320', f'http://127.0.0.1:{httpd.server_port}/imagenette2-320.tgz')
-    def serve(reply, status=200, length=None): Server.reply, Server.status, Server.length = reply, status, len(reply) if length is None else length
+    def serve(reply, status=200, length=None):
+        Server.reply, Server.status, Server.length = reply, status, len(reply) if length is None else length
     yield serve
     httpd.shutdown()
     httpd.server_close()
@@ -95,7 +98,8 @@ def archive(folder):
     return f.getvalue()
 
 def test_download_after_failures(server, archive, home, folder, capsys):
-    bad = {'not found': dict(reply=b'gone', status=404), 'broken off': dict(reply=archive[:len(archive)//2], length=len(archive))}
+    bad = {'not found': dict(reply=b'gone', status=404),
+        'broken off': dict(reply=archive[:len(archive)//2], length=len(archive))}
     for name,kw in bad.items():
         server(**kw)
         with pytest.raises(OSError, match='^cannot download imagenette from http://127.0.0.1'): data_path('imagenette')
@@ -130,7 +134,8 @@ def test_download_interrupted_while_unpacking(server, archive, home, monkeypatch
 
 def test_folder(folder):
     files = list_images(folder)
-    assert [str(f.relative_to(folder)) for f in files] == [f'{s}/{c}/{i}.png' for s,n in (('train', 8), ('val', 4)) for c in ('cat', 'dog') for i in range(n)]
+    want = [f'{s}/{c}/{i}.png' for s,n in (('train', 8), ('val', 4)) for c in ('cat', 'dog') for i in range(n)]
+    assert [str(f.relative_to(folder)) for f in files] == want
     check_images(files)
     (folder/'val').rename(folder/'valid')
     dls = image_dls(list_images(str(folder)), size=16, bs=4, num_workers=0)
@@ -168,24 +173,29 @@ def break_png(f): f.write_bytes(f.read_bytes()[:len(f.read_bytes())//2])
     (lambda p: (p/'val'/'cat').rename(p/'val'/'Cat'), "['Cat', 'cat'] are in one of them only"),
     (lambda p: break_png(p/'val'/'dog'/'2.png'), "cannot read the image '{}/val/dog/2.png'"),
     (lambda p: (p/'train'/'cat'/'3.jpg').write_text('no image'), "cannot read the image '{}/train/cat/3.jpg'"),
-    (lambda p: [(p/'train'/'cat'/f'{i}.png').write_bytes(b'') for i in (1, 2, 3)], "cannot read the image '{}/train/cat/1.png' and 2 more"),
+    (lambda p: [(p/'train'/'cat'/f'{i}.png').write_bytes(b'') for i in (1, 2, 3)],
+        "cannot read the image '{}/train/cat/1.png' and 2 more"),
 ], ids=['none', 'train', 'val', 'one class', 'empty', 'other class', 'half an image', 'no image', 'three images'])
 def test_folder_damaged(folder, damage, message):
     damage(folder)
     with pytest.raises(ValueError) as e: check_images(list_images(folder))
     assert message.format(folder) in str(e.value)
 
-@pytest.mark.parametrize('kw,message', [(dict(size=0), 'size must be a whole number from 1, got 0'), (dict(size=1.5), 'got 1.5'),
-    (dict(bs=0), 'bs must be a whole number from 1, got 0'), (dict(bs=True), 'got True'), (dict(bs=17), 'bs must be at most the number of training images, 16, got 17')])
+@pytest.mark.parametrize('kw,message', [(dict(size=0), 'size must be a whole number from 1, got 0'),
+    (dict(size=1.5), 'got 1.5'),
+    (dict(bs=0), 'bs must be a whole number from 1, got 0'), (dict(bs=True), 'got True'),
+    (dict(bs=17), 'bs must be at most the number of training images, 16, got 17')])
 def test_numbers_refused(folder, kw, message):
-    with pytest.raises(ValueError, match=message): image_dls(list_images(folder), **{**dict(size=8, bs=4, num_workers=0), **kw})
+    with pytest.raises(ValueError, match=message):
+        image_dls(list_images(folder), **{**dict(size=8, bs=4, num_workers=0), **kw})
 
 def test_transforms(folder):
     digits, photos = get_dls('digits', size=12), get_dls(folder, size=12, bs=4)
     def has_flip(dls): return any(isinstance(t, Flip) for t in dls.after_batch.fs)
     assert has_flip(photos) and not has_flip(digits)
     x = torch.Tensor(digits.valid.one_batch()[0])
-    img = torch.tensor(np.asarray(Image.open(digits.valid_ds.items[0]).convert('RGB'))/255).permute(2, 0, 1)[None].float()
+    img = torch.tensor(np.asarray(Image.open(digits.valid_ds.items[0]).convert('RGB'))/255)
+    img = img.permute(2, 0, 1)[None].float()
     mean, std = (torch.tensor(o)[:,None,None] for o in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     want = (torch.nn.functional.interpolate(img, size=(12, 12), mode='bilinear', align_corners=True) - mean)/std
     assert torch.allclose(x[:1], want, atol=1e-4)  # the whole digit, not turned

@@ -11,7 +11,8 @@ from fastai_nadam.optimizer import NAdam
 from fastai_nadam.results import Comparison
 
 evidence = Path(__file__).parent.parent/'nbs'/'evidence'
-needs_data = pytest.mark.skipif(not all(map(find_spec, ('mlxtend', 'mnist1d', 'plotnine'))), reason="needs the extra dev")
+needs_data = pytest.mark.skipif(not all(map(find_spec, ('mlxtend', 'mnist1d', 'plotnine'))),
+    reason="needs the extra dev")
 names = 'digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo houses code_conv digits_vit'.split()
 texts = 'text_gru', 'text_transformer', 'code_conv'
 
@@ -56,7 +57,8 @@ def test_the_seed_splits_the_data(tasks, name):
     assert all(torch.equal(t, u) for x,y in zip(a, b) for t,u in zip(x, y))
     assert not any(torch.equal(x[0], y[0]) for x,y in zip(a, c))
     if name in texts: # a text repeats itself, but each of its items is in one loader
-        x, y = (torch.cat([dl.tensors[0] for dl in learn.dls.loaders]).unique(dim=0, return_counts=True) for learn in learns[1:])
+        x, y = (torch.cat([dl.tensors[0] for dl in learn.dls.loaders]).unique(dim=0, return_counts=True)
+            for learn in learns[1:])
         assert all(map(torch.equal, x, y))
     else:
         train, tune, test = map(items, learns[0].dls.loaders)
@@ -94,16 +96,19 @@ def test_holm(stats): assert stats.holm([.04, .01, .03]) == pytest.approx([.06, 
 def test_times_to_target_are_interpolated_within_an_epoch(stats):
     "The target is 2, the worse of the two medians"
     curves = dict(a=[4, 3, 1], b=[8, 4, 2])
-    df = pd.DataFrame([dict(task='t', opt=o, seed=100+s, epoch=e+1, valid_loss=v) for o,c in curves.items() for s in range(3) for e,v in enumerate(c)])
+    df = pd.DataFrame([dict(task='t', opt=o, seed=100+s, epoch=e+1, valid_loss=v) for o,c in curves.items()
+        for s in range(3) for e,v in enumerate(c)])
     got = stats.times_to_target(df, ['a', 'b'])
     assert got.to_numpy().tolist() == [[2.5, 3.]]*3
 
 def search_rows(opt, seeds, lr, loss, diverged=()):
-    return [dict(task='t', opt=opt, lr=lr, mom=.9, wd=.01, seed=s, epoch=1, valid_loss=loss, test_loss=loss*(1 + s/1000), diverged=s in diverged) for s in seeds]
+    return [dict(task='t', opt=opt, lr=lr, mom=.9, wd=.01, seed=s, epoch=1, valid_loss=loss,
+        test_loss=loss*(1 + s/1000), diverged=s in diverged) for s in seeds]
 
 def test_effects_are_paired_on_new_seeds_and_diverged_runs_count_as_the_worst(stats):
     df = pd.DataFrame([o for opt,f in ((stats.adam, 1.), (stats.nadam, .9))
-        for o in search_rows(opt, (0, 1), .1, 3*f) + search_rows(opt, (0, 1), .2, 2*f) + search_rows(opt, range(100, 130), .2, 2*f)])
+        for seeds,lr,loss in (((0, 1), .1, 3*f), ((0, 1), .2, 2*f), (range(100, 130), .2, 2*f))
+        for o in search_rows(opt, seeds, lr, loss)])
     f = stats.finals(df)
     assert stats.winners(f).lr.tolist() == [.2, .2]
     assert stats.effects(f).loc['t'].tolist() == pytest.approx([100*np.log(.9), 0, 30])
@@ -115,24 +120,28 @@ def test_effects_are_paired_on_new_seeds_and_diverged_runs_count_as_the_worst(st
     assert stats.effects(d).loc['t', 'diff'] > 100*np.log(.9) + 1
 
 run_cols = ['opt', 'lr', 'mom', 'wd', 'seed']
-plan = dict(landscape=(8, 30, 2, 0), short=(2, 32, 2, 30), middle=(8, 32, 2, 30), long=(32, 16, 1, 10)) # epochs, points, seeds, new seeds
+# epochs, points, seeds, new seeds
+plan = dict(landscape=(8, 30, 2, 0), short=(2, 32, 2, 30), middle=(8, 32, 2, 30), long=(32, 16, 1, 10))
 
 @pytest.mark.parametrize('folder', plan)
 def test_the_stored_results_are_those_of_the_protocol(stats, folder):
-    "Both optimizers tried the same points with the same seeds, on every task; one point each was trained on the new seeds"
+    "Both optimizers tried the same points with the same seeds, on every task; one point each got the new seeds"
     epochs, points, tried, new = plan[folder]
     for task in [o.name for o in (evidence/folder).iterdir()]:
         cmp = Comparison.load(evidence/folder/task)
         df = cmp.results
-        assert cmp.settings['task'] == task and cmp.settings['epochs'] == epochs == df.epoch.max() and cmp.lower_is_better
+        assert cmp.settings['task'] == task and cmp.lower_is_better
+        assert cmp.settings['epochs'] == epochs == df.epoch.max()
         assert not df.duplicated([*run_cols, 'epoch']).any()
         df = df[df.epoch == epochs]
-        tries = {o: set(df[(df.opt == o) & (df.seed < 100)][run_cols[1:]].itertuples(index=False, name=None)) for o in (stats.adam, stats.nadam)}
+        tries = {o: set(df[(df.opt == o) & (df.seed < 100)][run_cols[1:]].itertuples(index=False, name=None))
+            for o in (stats.adam, stats.nadam)}
         assert tries[stats.adam] == tries[stats.nadam] and len(tries[stats.adam]) == points*tried
         for o in tries:
             fresh = df[(df.opt == o) & (df.seed >= 100)]
             assert fresh.seed.tolist() == list(range(100, 100 + new))
-            assert new == 0 or fresh[stats.point].drop_duplicates().values.tolist() == [stats.winners(stats.finals(df)).loc[(task, o), stats.point].tolist()]
+            winner = stats.winners(stats.finals(df)).loc[(task, o), stats.point].tolist()
+            assert new == 0 or fresh[stats.point].drop_duplicates().values.tolist() == [winner]
         ok = df[~df.diverged]
         assert np.isfinite(ok[['train_loss', 'valid_loss', 'test_loss']]).all().all()
 
@@ -142,4 +151,5 @@ def test_the_first_screen_is_computed_from_the_stored_results(monkeypatch):
     text = summary.in_short()
     e = summary.effects(summary.finals(summary.load('middle')))
     assert f"{(e['diff'] < 0).sum()} of {len(e)}" in text and summary.percent(summary.pool(e)) in text
-    assert (' **is** ' in text) == (sum(summary.favours(summary.at5[k]) and summary.favours(summary.end[k]) for k in summary.ends) >= 2)
+    assert (' **is** ' in text) == (sum(summary.favours(summary.at5[k]) and summary.favours(summary.end[k])
+        for k in summary.ends) >= 2)

@@ -11,6 +11,7 @@ import numpy as np, pytest, torch
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam, multi_tensor
 from fastai_nadam.optimizer import NAdamOptimizer
+from helpers import all_params, snapshot
 
 opt_funcs = [NAdam, DozatNAdam, partial(NAdam, nesterov=False), partial(NAdam, decouple_wd=False), partial(DozatNAdam, decouple_wd=False),
     partial(NAdam, nesterov=False, decouple_wd=False), partial(DozatNAdam, mom_decay=None)]
@@ -23,8 +24,6 @@ avgs = 'grad_avg', 'sqr_avg'
 def use_kernel(yes):
     multi_tensor._kernel = kernel if yes else None
     multi_tensor.pick_impl.cache_clear()
-
-def all_params(opt): return [p for pg in opt.param_lists for p in pg]
 
 class Life:
     "An optimizer, its parameters, and memory that is no longer theirs"
@@ -242,10 +241,6 @@ def reference(opt):
     ref = NAdamOptimizer([qs[:n], qs[n:]], opt.rule, opt.decouple_wd, foreach=False, fused=False)
     ref.hypers, ref.state = deepcopy(opt.hypers), defaultdict(dict, zip(qs, states))
     return ref
-
-def snapshot(opt):
-    return deepcopy(([p.detach() for p in all_params(opt)], [p.grad.detach() if p.grad is not None else None for p in all_params(opt)],
-        [opt.state[p] for p in all_params(opt)], [dict(h) for h in opt.hypers]))
 
 def close(got, want, dtype, msg, slack=1):
     got, want = got.detach().double(), want.detach().double()

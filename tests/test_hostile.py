@@ -21,8 +21,8 @@ from impls import each_impl, with_impl
 
 def fuzz(n, **kwargs):
     n *= int(os.environ.get('NADAM_FUZZ', 1))  # for a long search
-    def decorate(f): return settings(max_examples=n, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])(given(**kwargs)(f))
-    return decorate
+    only = settings(max_examples=n, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    return lambda f: only(given(**kwargs)(f))
 
 opt_funcs = st.sampled_from([NAdam, DozatNAdam, partial(NAdam, nesterov=False), partial(NAdam, decouple_wd=False)])
 seeds = st.integers(0, 2**32)
@@ -30,10 +30,13 @@ shapes = st.lists(st.sampled_from([(), (1,), (5,), (3, 4), (0, 2), (2, 1, 3), (7
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 
 # Values that have no business being a hyper, or may be one
-numbers = st.one_of(st.floats(max_value=1e30), st.integers(-3, 3), st.sampled_from([0.9, 0.99, 1e-8, 1., -0., -1e-8, math.nan, math.inf, 10**400, True]))
-scalars = st.one_of(numbers, st.floats(max_value=2.**100, width=32).map(np.float32), st.floats(max_value=2.**100, width=32).map(torch.tensor))
-junk = st.one_of(scalars, st.none(), st.text(max_size=3), st.binary(max_size=3), st.complex_numbers(), st.sampled_from([[math.nan], [], [[0.5]], {}, {'mom': 1},
-    object, np.zeros(2), torch.zeros(3), torch.zeros(0), torch.tensor(1j), torch.zeros(2, 2), 'nan', '0.9', b'0.9', slice(None), np.datetime64('nat')]))
+numbers = st.one_of(st.floats(max_value=1e30), st.integers(-3, 3),
+    st.sampled_from([0.9, 0.99, 1e-8, 1., -0., -1e-8, math.nan, math.inf, 10**400, True]))
+scalars = st.one_of(numbers, st.floats(max_value=2.**100, width=32).map(np.float32),
+    st.floats(max_value=2.**100, width=32).map(torch.tensor))
+junk = st.one_of(scalars, st.none(), st.text(max_size=3), st.binary(max_size=3), st.complex_numbers(),
+    st.sampled_from([[math.nan], [], [[0.5]], {}, {'mom': 1}, object, np.zeros(2), torch.zeros(3), torch.zeros(0),
+        torch.tensor(1j), torch.zeros(2, 2), 'nan', '0.9', b'0.9', slice(None), np.datetime64('nat')]))
 hyper_names = ('lr', 'mom', 'sqr_mom', 'eps', 'wd', 'mom_decay')
 
 def groups(ps): return [ps[:1], ps[1:]]
@@ -60,7 +63,8 @@ def assert_same_run(ps, opt, other):
 # NaN and Inf
 
 @each_impl
-@fuzz(10, opt_func=opt_funcs, shapes=shapes, dtype=dtypes, bad=st.sampled_from([math.nan, math.inf, -math.inf]), seed=seeds, data=st.data())
+@fuzz(10, opt_func=opt_funcs, shapes=shapes, dtype=dtypes, bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    seed=seeds, data=st.data())
 def test_a_bad_gradient_stays_where_it_is(impl, opt_func, shapes, dtype, bad, seed, data):
     "Neither another parameter nor another element of the same one notices"
     torch.manual_seed(seed)
@@ -86,7 +90,8 @@ def test_a_bad_gradient_stays_where_it_is(impl, opt_func, shapes, dtype, bad, se
 
 def allowed(k, v): return 0 <= v < 1 if k in ('mom', 'sqr_mom') else v >= 0 if k == 'mom_decay' else 0 <= v < math.inf
 
-@fuzz(150, opt_func=st.sampled_from([NAdam, DozatNAdam]), kwargs=st.dictionaries(st.sampled_from(hyper_names), junk, min_size=1, max_size=3))
+@fuzz(150, opt_func=st.sampled_from([NAdam, DozatNAdam]),
+    kwargs=st.dictionaries(st.sampled_from(hyper_names), junk, min_size=1, max_size=3))
 def test_factories(opt_func, kwargs):
     "What is accepted is a float in its range; what is not is named"
     if opt_func is NAdam: kwargs.pop('mom_decay', None)
@@ -102,7 +107,8 @@ def test_factories(opt_func, kwargs):
     p.grad = torch.tensor([1., -1.])
     opt.step()
 
-@fuzz(40, flags=st.dictionaries(st.sampled_from(['foreach', 'fused']), st.sampled_from([None, True, False, 'yes', 2, 1.5, math.nan, ()]), min_size=1), dtype=dtypes)
+@fuzz(40, flags=st.dictionaries(st.sampled_from(['foreach', 'fused']),
+    st.sampled_from([None, True, False, 'yes', 2, 1.5, math.nan, ()]), min_size=1), dtype=dtypes)
 def test_path_flags(flags, dtype):
     p = nn.Parameter(torch.ones(2, dtype=dtype))
     p.grad = torch.ones_like(p)
@@ -110,8 +116,10 @@ def test_path_flags(flags, dtype):
     except ValueError as e: assert any(k in str(e) and repr(v) in str(e) for k,v in flags.items())
     else: opt.step()
 
-bad_params = st.recursive(st.one_of(st.none(), st.integers(), st.text(max_size=2), st.sampled_from([np.zeros(2), int, nn.Linear(1, 1), torch.zeros(2, dtype=torch.complex64),
-    torch.zeros(2)])), lambda o: st.one_of(st.lists(o, max_size=3), st.tuples(o, o), st.dictionaries(st.text(max_size=2), o, max_size=2)), max_leaves=5)
+bad_params = st.recursive(st.one_of(st.none(), st.integers(), st.text(max_size=2),
+        st.sampled_from([np.zeros(2), int, nn.Linear(1, 1), torch.zeros(2, dtype=torch.complex64), torch.zeros(2)])),
+    lambda o: st.one_of(st.lists(o, max_size=3), st.tuples(o, o), st.dictionaries(st.text(max_size=2), o, max_size=2)),
+    max_leaves=5)
 
 @fuzz(100, params=bad_params, opt_func=opt_funcs)
 def test_factories_params(params, opt_func):
@@ -138,7 +146,9 @@ def test_set_hypers(opt_func, kwargs):
 
 @each_impl
 @fuzz(20, opt_func=opt_funcs, k=st.sampled_from(hyper_names[:5]), group=st.integers(0, 1), seed=seeds,
-    bad=st.one_of(st.floats(max_value=-1e-300), st.sampled_from([math.nan, math.inf, 10**400, None, 'x', np.float64(-1), torch.tensor(math.nan), torch.ones(2)])))
+    bad=st.one_of(st.floats(max_value=-1e-300),
+        st.sampled_from([math.nan, math.inf, 10**400, None, 'x', np.float64(-1), torch.tensor(math.nan),
+            torch.ones(2)])))
 def test_hypers_that_become_invalid(impl, opt_func, k, bad, group, seed):
     "Written past every check, they are refused by `step`, by name; without them the run goes on as if nothing had been"
     torch.manual_seed(seed)
@@ -160,9 +170,11 @@ def test_a_schedule_that_sends_a_momentum_to_1(impl, k):
         def after_step(self): self.kept = deepcopy((list(self.model.parameters()), self.opt.state_dict()))
     learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=partial(with_impl, NAdam, impl=impl),
         cbs=[ParamScheduler({k: lambda pos: 0.9 if pos < 0.5 else 1.}), Last()])
-    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match=rf'\b{k} must be in \[0, 1\), got 1.0'): learn.fit(1, 0.1)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match=rf'\b{k} must be in \[0, 1\), got 1.0'):
+        learn.fit(1, 0.1)
     ps, sd = learn.last.kept
-    assert same(sd, learn.opt.state_dict()) and same([p.detach() for p in ps], [p.detach() for p in learn.model.parameters()])
+    assert same(sd, learn.opt.state_dict())
+    assert same([p.detach() for p in ps], [p.detach() for p in learn.model.parameters()])
     assert {s['step'] for s in sd['state']} == {5} and learn.opt.hypers[0][k] == 0.9
 
 # A refused step
@@ -173,7 +185,8 @@ def bad_avg(p, opt): opt.state[p]['grad_avg'] = torch.zeros(9)
 def bad_sqr(p, opt): opt.state[p]['sqr_avg'] = torch.zeros(9)
 
 @each_impl
-@fuzz(10, opt_func=opt_funcs, i=st.integers(0, 2), harm=st.sampled_from([sparse, reshaped, bad_avg, bad_sqr]), seed=seeds)
+@fuzz(10, opt_func=opt_funcs, i=st.integers(0, 2), harm=st.sampled_from([sparse, reshaped, bad_avg, bad_sqr]),
+    seed=seeds)
 def test_a_refused_step(impl, opt_func, i, harm, seed):
     "Nothing has been decayed, averaged or counted, in any group"
     torch.manual_seed(seed)
@@ -194,13 +207,15 @@ def test_a_refused_step(impl, opt_func, i, harm, seed):
 def nodes(o, path=()):
     "The places in nested dicts and lists"
     yield path
-    for k,v in (o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, list) else ()): yield from nodes(v, (*path, k))
+    for k,v in (o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, list) else ()):
+        yield from nodes(v, (*path, k))
 
 def at(o, path):
     for k in path: o = o[k]
     return o
 
-tensors = st.sampled_from([torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.complex64), torch.full((3, 2), math.nan), torch.zeros(2, 3), torch.zeros(()),
+tensors = st.sampled_from([torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.complex64),
+    torch.full((3, 2), math.nan), torch.zeros(2, 3), torch.zeros(()),
     torch.zeros(3, 2).to_sparse(), torch.zeros(3, 2, dtype=torch.bool), torch.zeros(3, 2, dtype=torch.float16)])
 
 @st.composite
@@ -213,7 +228,9 @@ def mutations(draw, sd):
         how = draw(st.sampled_from(['replace', 'remove', 'repeat', 'add']))
         if how == 'remove': del o[k]
         elif how == 'repeat' and isinstance(o, list): o.append(deepcopy(o[k]))
-        elif how == 'add' and isinstance(o, dict): o[draw(st.sampled_from(['grad_avg', 'sqr_avg', 'step', 'do_wd', 'mom_prod', 'mu_prod', 'x', 3]))] = draw(st.one_of(junk, tensors))
+        elif how == 'add' and isinstance(o, dict):
+            k = draw(st.sampled_from(['grad_avg', 'sqr_avg', 'step', 'do_wd', 'mom_prod', 'mu_prod', 'x', 3]))
+            o[k] = draw(st.one_of(junk, tensors))
         else: o[k] = draw(st.one_of(junk, tensors))
         if not any(nodes(sd)): break
     return sd
@@ -245,8 +262,10 @@ def test_broken_checkpoints(impl, opt_func, n_steps, seed, data):
     (lambda sd: sd['hypers'].append({}), 'state_dict has 3 parameter groups, the optimizer has 2'),
     (lambda sd: sd['state'][1].pop('grad_avg'), r"parameter 1, of shape \(4,\): missing \['grad_avg'\]"),
     (lambda sd: sd['state'][1].pop('step'), r"parameter 1, of shape \(4,\): missing \['step'\]"),
-    (lambda sd: sd['state'][0].update(sqr_avg=torch.zeros(4)), r'parameter 0, of shape \(3, 2\): sqr_avg has shape \(4,\)'),
-    (lambda sd: sd['state'][0].update(sqr_avg=torch.zeros(3, 2, dtype=torch.int32)), r'parameter 0, of shape \(3, 2\): sqr_avg must be a floating-point tensor, got torch.int32'),
+    (lambda sd: sd['state'][0].update(sqr_avg=torch.zeros(4)),
+        r'parameter 0, of shape \(3, 2\): sqr_avg has shape \(4,\)'),
+    (lambda sd: sd['state'][0].update(sqr_avg=torch.zeros(3, 2, dtype=torch.int32)),
+        r'parameter 0, of shape \(3, 2\): sqr_avg must be a floating-point tensor, got torch.int32'),
     (lambda sd: sd['state'][2].update(step=0.5), r'parameter 2, of shape \(\): step must be a whole number'),
     (lambda sd: sd['hypers'][1].update(sqr_mom=1.), r'sqr_mom must be in \[0, 1\), got 1.0')])
 @each_impl
@@ -277,9 +296,12 @@ def test_broken_torch_optimizers(seed, data):
 
 class Trains(Exception): pass
 
-junk = st.one_of(st.text(max_size=20), st.integers().map(str), st.floats().map(str), st.sampled_from(['digits', 'NAdam', '64', '1e-3', '', '-', '--', '~', '/', '.', '\0', 'a\nb']))
+junk = st.one_of(st.text(max_size=20), st.integers().map(str), st.floats().map(str),
+    st.sampled_from(['digits', 'NAdam', '64', '1e-3', '', '-', '--', '~', '/', '.', '\0', 'a\nb']))
 
-@fuzz(80, args=st.lists(st.one_of(st.tuples(st.sampled_from([f'--{k}' for k in inspect.signature(train.train).parameters]), junk), st.tuples(junk)), max_size=4))
+options = st.sampled_from([f'--{k}' for k in inspect.signature(train.train).parameters])
+
+@fuzz(80, args=st.lists(st.one_of(st.tuples(options, junk), st.tuples(junk)), max_size=4))
 def test_command_line(tmp_path, monkeypatch, args):
     "Whatever is typed, it trains, or one line says what is wrong and nothing is written"
     monkeypatch.chdir(tmp_path)
@@ -292,7 +314,8 @@ def test_command_line(tmp_path, monkeypatch, args):
         except Trains: code = None
     assert not list(tmp_path.iterdir())
     if code is None: return
-    assert code == 2 and err.getvalue().startswith('nadam-train: ') and err.getvalue().count('\n') == 1 and not out.getvalue(), (args, err.getvalue())
+    out, err = out.getvalue(), err.getvalue()
+    assert code == 2 and err.startswith('nadam-train: ') and err.count('\n') == 1 and not out, (args, err)
 
 # Files
 
@@ -303,5 +326,7 @@ def test_no_untrusted_pickle_is_read():
         for o in ast.walk(tree):
             if not isinstance(o, ast.Call): continue
             name, where = ast.unparse(o.func), f'{f.name}:{o.lineno}: {ast.unparse(o)}'
-            if name == 'torch.load': assert any(k.arg == 'weights_only' and ast.unparse(k.value) == 'True' for k in o.keywords), where
-            assert not re.search(r'(pickle|dill|joblib)\.(load|loads|Unpickler)$|\bload_learner$|\bload_model$', name), where
+            if name == 'torch.load':
+                assert any(k.arg == 'weights_only' and ast.unparse(k.value) == 'True' for k in o.keywords), where
+            assert not re.search(r'(pickle|dill|joblib)\.(load|loads|Unpickler)$|\bload_learner$|\bload_model$',
+                name), where

@@ -12,11 +12,13 @@ from fastai_nadam.multi_tensor import cut_blocks, fused_step, pick_impl, raw_ten
 from helpers import all_params, assert_same, copies, gaps, layouts, tols
 from impls import KernelOff, each_impl, loop, needs_kernel, with_impl
 
-fast_impls = pytest.mark.parametrize('impl', [dict(), KernelOff(), dict(foreach=True)], ids=['default', 'kernel off', 'foreach'])
+fast_impls = pytest.mark.parametrize('impl', [dict(), KernelOff(), dict(foreach=True)],
+    ids=['default', 'kernel off', 'foreach'])
 
 def make_params(specs):
     "Parameters of the given (shape, dtype, layout)"
-    ps = [nn.Parameter(layouts[layout](torch.randn(shape).to(dtype))) for shape,dtype,layout in specs if layout != 'expanded']
+    ps = [nn.Parameter(layouts[layout](torch.randn(shape).to(dtype)))
+        for shape,dtype,layout in specs if layout != 'expanded']
     assert all(p.is_leaf for p in ps)
     return ps
 
@@ -32,10 +34,11 @@ specs = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=4).map(tuple), s
 
 @fast_impls
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(specs=specs, opt_func=st.sampled_from([NAdam, DozatNAdam, partial(NAdam, nesterov=False)]), decouple_wd=st.booleans(),
-    wds=st.tuples(*[st.sampled_from([0., 0.1])]*2), split=st.integers(0, 6), grad_layout=st.sampled_from(list(layouts)), seed=st.integers(0, 2**32))
+@given(specs=specs, opt_func=st.sampled_from([NAdam, DozatNAdam, partial(NAdam, nesterov=False)]),
+    decouple_wd=st.booleans(), wds=st.tuples(*[st.sampled_from([0., 0.1])]*2), split=st.integers(0, 6),
+    grad_layout=st.sampled_from(list(layouts)), seed=st.integers(0, 2**32))
 def test_any_tensors(impl, specs, opt_func, decouple_wd, wds, split, grad_layout, seed):
-    "50 steps of random gradients on random tensors in two groups, schedules, parameters that skip steps, do_wd here and there"
+    "50 steps of random gradients on random tensors in two groups; schedules, skipped parameters, do_wd here and there"
     torch.manual_seed(seed)
     rng = random.Random(seed)
     ps = make_params(specs)
@@ -53,7 +56,8 @@ def test_any_tensors(impl, specs, opt_func, decouple_wd, wds, split, grad_layout
         fast.step(); slow.step()
         if not decouple_wd:
             for p,q in zip(ps, qs):
-                if p.grad is not None: torch.testing.assert_close(p.grad, q.grad, rtol=tols[p.dtype], atol=tols[p.dtype])
+                if p.grad is not None:
+                    torch.testing.assert_close(p.grad, q.grad, rtol=tols[p.dtype], atol=tols[p.dtype])
     assert_same(fast, slow)
 
 @fast_impls
@@ -186,8 +190,9 @@ def forget_products(opt, ps):
         for k in ('mom_prod', 'mu_prod', 'sqr_mom_prod'): opt.state[p].pop(k, None)
     return opt, ps
 
-events = [o for o in (toggle_do_wd, freeze, unfreeze, clear_state, load, load_older, new_hypers, write_hypers, new_data, other_layout,
-    transpose_in_place, new_dtype, copy, repickle, retensor, same_memory, replace_state, replace_average, edit_step, forget_products)]
+events = [toggle_do_wd, freeze, unfreeze, clear_state, load, load_older, new_hypers, write_hypers, new_data,
+    other_layout, transpose_in_place, new_dtype, copy, repickle, retensor, same_memory, replace_state, replace_average,
+    edit_step, forget_products]
 
 def steps(opt, ps, grads):
     "A few steps of a training loop that zeroes its gradients in place, so that they stay the same tensors"
@@ -237,9 +242,11 @@ def test_what_foreach_and_fused_mean(without_kernel):
     assert pick_impl('cpu', f32) is fused_step and pick_impl('cpu', f32, None, True) is fused_step
     assert pick_impl('cpu', f32, False, False) is None
     p = [nn.Parameter(torch.randn(2))]
-    assert [NAdam(p, 1., **o).impl for o in (dict(), loop, dict(foreach=True), dict(fused=True))] == ['fused', 'steppers', 'foreach', 'fused']
+    impls = [NAdam(p, 1., **o).impl for o in (dict(), loop, dict(foreach=True), dict(fused=True))]
+    assert impls == ['fused', 'steppers', 'foreach', 'fused']
     for kw in (dict(fused=True), dict(foreach=True)):
-        with pytest.raises(ValueError, match='no such kernel for torch.int32 on cpu'): NAdam([torch.zeros(2, dtype=torch.int32)], 1., **kw)
+        with pytest.raises(ValueError, match='no such kernel for torch.int32 on cpu'):
+            NAdam([torch.zeros(2, dtype=torch.int32)], 1., **kw)
     with pytest.raises(ValueError, match='fused=True.*meta'): NAdam([torch.zeros(2, device='meta')], 1., fused=True)
     with pytest.raises(ValueError, match="fused must be .* got 'yes'"): NAdam(p, 1., fused='yes')
 
@@ -284,11 +291,12 @@ def test_zero_grad(impl):
     g = [p.grad for p in ps]
     NAdam(ps, 1., **impl).zero_grad()
     assert all(p.grad is o for p,o in zip(ps, g)) and ps[2].grad is None
-    assert not ps[0].grad.any() and not ps[1].grad.any() and ps[1].grad.grad_fn is None and not ps[3].grad.to_dense().any()
+    assert not any(ps[i].grad.to_dense().any() for i in (0, 1, 3)) and ps[1].grad.grad_fn is None
 
 @each_impl
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam, partial(NAdam, nesterov=False)]) # L2 decay rounds the gradient itself
+# L2 decay rounds the gradient itself
+@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam, partial(NAdam, nesterov=False)])
 def test_half_precision_at_the_defaults(impl, dtype, opt_func):
     "Averages are used before they are rounded: 0.01·g² is 0 in float16, and the step would be divided by ε = 1e-8"
     ps = [nn.Parameter(torch.randn(s).to(dtype)) for s in ((7, 3), (50,))]
@@ -306,7 +314,8 @@ def test_half_precision_at_the_defaults(impl, dtype, opt_func):
             ulp = torch.finfo(dtype).eps
             torch.testing.assert_close(p.detach().double(), q.detach(), rtol=4*ulp, atol=4*ulp)
             for k in ('grad_avg', 'sqr_avg'):
-                torch.testing.assert_close(fast.state[p][k].double(), slow.state[q][k].to(dtype).double(), rtol=2*ulp, atol=1e-7)
+                torch.testing.assert_close(fast.state[p][k].double(), slow.state[q][k].to(dtype).double(), rtol=2*ulp,
+                    atol=1e-7)
 
 def test_infinity_is_float32_for_the_kernels():
     "Under another default dtype too: the CUDA kernel reads the step as float32"

@@ -1,4 +1,4 @@
-"The table, the trace and the update statistics say what the optimizers really do, on every path and for fastai's and torch's optimizers"
+"The table, the trace and the update statistics say what optimizers really do, on every path, fastai's and torch's too"
 import copy, math, pickle, random
 from functools import partial
 
@@ -8,7 +8,8 @@ from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, params
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.schedule import combined_cos, fit_one_cycle, lr_find
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastai.optimizer import Adam, Lamb, Larc, Lookahead, Optimizer, OptimWrapper, QHAdam, RAdam, RMSProp, SGD, average_grad, average_sqr_grad, ranger, step_stat
+from fastai.optimizer import (Adam, Lamb, Larc, Lookahead, Optimizer, OptimWrapper, QHAdam, RAdam, RMSProp, SGD,
+    average_grad, average_sqr_grad, ranger, step_stat)
 from fastai_nadam.insight import StepTrace, UpdateStats, opt_table, plot_rule
 from fastai_nadam.optimizer import DozatNAdam, NAdam
 from fastai_nadam.rules import adam_rule, dozat_rule, ruder_rule
@@ -24,11 +25,12 @@ def no_nesterov(p, **kwargs): return NAdam(p, nesterov=False, **kwargs)
 
 def wrapped(torch_opt, **kw): return lambda p, **kwargs: OptimWrapper(p, partial(torch_opt, **kw), **kwargs)
 
-FASTAI = dict(NAdam=NAdam, DozatNAdam=DozatNAdam, no_nesterov=no_nesterov, Adam=Adam, SGD=SGD, SGD_mom=partial(SGD, mom=0.9), RMSProp=RMSProp,
+FASTAI = dict(NAdam=NAdam, DozatNAdam=DozatNAdam, no_nesterov=no_nesterov, Adam=Adam, SGD=SGD,
+    SGD_mom=partial(SGD, mom=0.9), RMSProp=RMSProp,
     RMSProp_mom=partial(RMSProp, mom=0.9), RAdam=RAdam, QHAdam=QHAdam, Larc=Larc, Lamb=Lamb, ranger=ranger,
     Lookahead=lambda p, **kw: Lookahead(NAdam(p, **kw)))
-TORCH = {o.__name__: wrapped(o) for o in (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SGD,
-    torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adamax)}
+TORCH = {o.__name__: wrapped(o) for o in (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adamax)}
 TORCH |= dict(SGD_mom=wrapped(torch.optim.SGD, momentum=0.9), RMSprop_mom=wrapped(torch.optim.RMSprop, momentum=0.9))
 ALL = {**{f'fastai_{k}': v for k,v in FASTAI.items()}, **{f'torch_{k}': v for k,v in TORCH.items()}}
 every_opt = pytest.mark.parametrize('opt_func', ALL.values(), ids=ALL.keys())
@@ -38,7 +40,8 @@ def net(): return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), n
 def learner(opt_func=NAdam, bs=8, n=32, model=None, **kwargs):
     x = torch.randn(n, 4)
     ds = [*zip(x, x[:,:3].argmax(1))]
-    res = Learner(DataLoaders.from_dsets(ds, ds[:bs], bs=bs, device='cpu'), model or net(), loss_func=CrossEntropyLossFlat(), opt_func=opt_func,
+    res = Learner(DataLoaders.from_dsets(ds, ds[:bs], bs=bs, device='cpu', num_workers=0), model or net(),
+        loss_func=CrossEntropyLossFlat(), opt_func=opt_func,
         splitter=kwargs.pop('splitter', lambda m: [params(m[:2]), params(m[2:])]), **kwargs)
     res.create_mbar,res.logger = False,lambda *a: None
     return res
@@ -48,7 +51,8 @@ def fit(learn, n=1, lr=1e-2, **kwargs):
     return learn
 
 def close(a, b, rtol=1e-5, atol=1e-7):
-    np.testing.assert_allclose(*(np.asarray(o.detach().double() if isinstance(o, torch.Tensor) else o) for o in (a, b)), rtol=rtol, atol=atol)
+    np.testing.assert_allclose(*(np.asarray(o.detach().double() if isinstance(o, torch.Tensor) else o) for o in (a, b)),
+        rtol=rtol, atol=atol)
 
 # opt_table
 
@@ -56,9 +60,11 @@ def test_table_of_a_learner():
     learn = learner()
     t = opt_table(learn)
     assert learn.opt is None, "the table must not choose the optimizer of the next fit"
-    assert list(t.columns) == ['group', 'shape', 'numel', *HYPERS, 'do_wd', 'force_train', 'trainable', 'step', 'grad_avg', 'sqr_avg']
+    assert list(t.columns) == ['group', 'shape', 'numel', *HYPERS, 'do_wd', 'force_train', 'trainable', 'step',
+        'grad_avg', 'sqr_avg']
     assert list(t.index) == [n for n,_ in learn.model.named_parameters()]
-    assert list(t['shape']) == [tuple(p.shape) for p in learn.model.parameters()] and list(t.numel) == [p.numel() for p in learn.model.parameters()]
+    ps = list(learn.model.parameters())
+    assert list(t['shape']) == [tuple(p.shape) for p in ps] and list(t.numel) == [p.numel() for p in ps]
     assert t[['step', 'grad_avg', 'sqr_avg']].isna().all(axis=None)
     assert list(t.group) == [0]*4 + [1]*2
     assert t.index[~t.do_wd].to_list() == ['0.bias', '1.weight', '1.bias', '3.bias']
@@ -82,7 +88,8 @@ def test_table_of_every_optimizer(opt_func):
     learn.create_opt()
     state = copy.deepcopy([{k: v for k,v in learn.opt.state[p].items()} for p in learn.model.parameters()])
     never = opt_table(learn)
-    assert len(never) == 6 and never[['grad_avg', 'sqr_avg']].isna().all(axis=None) and (never.step.fillna(0) == 0).all()
+    assert len(never) == 6 and (never.step.fillna(0) == 0).all()
+    assert never[['grad_avg', 'sqr_avg']].isna().all(axis=None)
     assert state == [learn.opt.state[p] for p in learn.model.parameters()]
     fit(learn)
     t = opt_table(learn)
@@ -123,9 +130,11 @@ def test_table_after_loading():
     assert (opt_table(learn).step == 4).all()
 
 @pytest.mark.parametrize('f', [opt_table, StepTrace])
-@pytest.mark.parametrize('o', [3, None, 'opt', net(), torch.optim.SGD(net().parameters(), lr=1.)], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('o', [3, None, 'opt', net(), torch.optim.SGD(net().parameters(), lr=1.)],
+    ids=lambda o: type(o).__name__)
 def test_no_optimizer(f, o):
-    with pytest.raises(TypeError, match=rf'opt must be a Learner, a fastai Optimizer, Lookahead or OptimWrapper, got {type(o).__name__}'): f(o)
+    says = rf'opt must be a Learner, a fastai Optimizer, Lookahead or OptimWrapper, got {type(o).__name__}'
+    with pytest.raises(TypeError, match=says): f(o)
 
 # StepTrace
 
@@ -140,8 +149,8 @@ def test_the_worked_example(impl, wrap):
         for _ in range(2): opt.step()
     t = trace.table()
     assert list(t.columns) == TRACE and t.step.to_list() == [1, 2] and t.param.to_list() == [0, 0]
-    for k,v in dict(lr=(1, 1), mom=(0.9, 0.9), sqr_mom=(0.99, 0.99), mom_prod=(0.9, 0.81), debias1=(0.1, 0.19), debias2=(0.01, 0.0199),
-            a=(9, 0.9/0.19), b=(1, 0.1/0.19)).items(): close(t[k].to_numpy(), v, rtol=1e-9)
+    for k,v in dict(lr=(1, 1), mom=(0.9, 0.9), sqr_mom=(0.99, 0.99), mom_prod=(0.9, 0.81), debias1=(0.1, 0.19),
+            debias2=(0.01, 0.0199), a=(9, 0.9/0.19), b=(1, 0.1/0.19)).items(): close(t[k].to_numpy(), v, rtol=1e-9)
     for k,v in dict(grad=(0.1, 0.1), grad_avg=(0.01, 0.019), sqr_avg=(0.0001, 0.000199), num=(0.019, 0.0271)).items():
         for got,want in zip(t[k], v): close(got, [want]*3, rtol=1e-6)
     for k,v in dict(p_before=([1, 2, 3], [-0.90999981, 0.08000019, 1.07000019]),
@@ -150,16 +159,21 @@ def test_the_worked_example(impl, wrap):
         for got,want in zip(t[k], v): close(got, want, rtol=0, atol=1e-6)
     close(p, t.p.iloc[-1], rtol=0, atol=0)
 
-def composed(stepper): return lambda p, **kw: Optimizer(p, [partial(average_grad, dampening=True), average_sqr_grad, step_stat, stepper], eps=1e-8, wd=0., **kw)
+def composed(stepper):
+    return lambda p, **kw: Optimizer(p, [partial(average_grad, dampening=True), average_sqr_grad, step_stat, stepper],
+        eps=1e-8, wd=0., **kw)
 
 # Optimizers of the family, in which the step can be computed from the columns
-FAMILY = dict(Adam=Adam, Adam_L2=partial(Adam, decouple_wd=False), composed=composed(nadam_step), composed_dozat=composed(dozat_step),
-    composed_rule=composed(partial(nadam_step, rule=dozat_rule, mom_decay=1.)), composed_adam=composed(partial(nadam_step, rule=adam_rule)),
-    torch_Adam=wrapped(torch.optim.Adam), torch_AdamW=wrapped(torch.optim.AdamW), torch_AdamW_foreach=wrapped(torch.optim.AdamW, foreach=True),
-    torch_NAdam=wrapped(torch.optim.NAdam), torch_NAdamW=wrapped(torch.optim.NAdam, decoupled_weight_decay=True, momentum_decay=1.))
+FAMILY = dict(Adam=Adam, Adam_L2=partial(Adam, decouple_wd=False), composed=composed(nadam_step),
+    composed_dozat=composed(dozat_step), composed_rule=composed(partial(nadam_step, rule=dozat_rule, mom_decay=1.)),
+    composed_adam=composed(partial(nadam_step, rule=adam_rule)),
+    torch_Adam=wrapped(torch.optim.Adam), torch_AdamW=wrapped(torch.optim.AdamW),
+    torch_AdamW_foreach=wrapped(torch.optim.AdamW, foreach=True),
+    torch_NAdam=wrapped(torch.optim.NAdam), torch_NAdamW=wrapped(torch.optim.NAdam, decoupled_weight_decay=True,
+        momentum_decay=1.))
 
 def check_columns(opt_func):
-    "p = p_wd − lr·(a·grad_avg + b·grad)/(√(sqr_avg/debias2) + eps) in every row, under schedules, with L2, and where do_wd is False"
+    "p = p_wd − lr·(a·grad_avg + b·grad)/(√(sqr_avg/debias2) + eps) in every row: schedules, L2, do_wd=False"
     ps = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((3, 4), (5,), ())]
     opt = opt_func([ps[:2], ps[2:]], lr=0.1)
     opt.state[ps[1]]['do_wd'] = False
@@ -176,7 +190,8 @@ def check_columns(opt_func):
     assert t.step.to_list() == [s for s in range(1, 6) for _ in ps] and t.param.to_list() == [0, 1, 2]*5
     eps = opt.hypers[0]['eps']
     for r in t.itertuples():
-        close(r.p, r.p_wd - r.lr*(r.a*r.grad_avg + r.b*r.grad)/((r.sqr_avg/r.debias2).sqrt() + eps), rtol=1e-5, atol=1e-6)
+        close(r.p, r.p_wd - r.lr*(r.a*r.grad_avg + r.b*r.grad)/((r.sqr_avg/r.debias2).sqrt() + eps), rtol=1e-5,
+            atol=1e-6)
         close(r.num, r.mom*r.grad_avg + (1-r.mom)*r.grad, rtol=1e-9)
         close(r.debias1, 1 - r.mom_prod)
 
@@ -185,7 +200,8 @@ def test_the_step_follows_from_the_columns(opt_func): check_columns(opt_func)
 
 @each_impl
 @pytest.mark.parametrize('decouple_wd', [True, False], ids=['decoupled', 'L2'])
-@pytest.mark.parametrize('opt_func', [NAdam, partial(DozatNAdam, mom_decay=1.), no_nesterov], ids=['NAdam', 'DozatNAdam', 'no_nesterov'])
+@pytest.mark.parametrize('opt_func', [NAdam, partial(DozatNAdam, mom_decay=1.), no_nesterov],
+    ids=['NAdam', 'DozatNAdam', 'no_nesterov'])
 def test_the_step_follows_from_the_columns_on_every_path(opt_func, decouple_wd, impl):
     check_columns(lambda p, lr: with_impl(opt_func, p, impl, lr=lr, decouple_wd=decouple_wd))
 
@@ -204,10 +220,12 @@ def test_trace_every_optimizer(opt_func):
     learn = learner(opt_func)
     with StepTrace(learn) as trace: fit(learn)
     t = trace.table()
-    assert list(t.columns) == TRACE and len(t) == 4*6 and t.param.to_list() == [n for n,_ in learn.model.named_parameters()]*4
+    assert list(t.columns) == TRACE and len(t) == 4*6
+    assert t.param.to_list() == [n for n,_ in learn.model.named_parameters()]*4
     assert t.step.to_list() == [s for s in range(1, 5) for _ in range(6)]
     assert t[['lr', 'grad', 'p_before', 'p']].notna().all(axis=None)
-    for (_,r),p in zip(t.tail(6).iterrows(), learn.model.parameters()): close(r.p, p, rtol=0, atol=0) if learn.opt.__class__ is not Lookahead else None
+    for (_,r),p in zip(t.tail(6).iterrows(), learn.model.parameters()):
+        close(r.p, p, rtol=0, atol=0) if learn.opt.__class__ is not Lookahead else None
     has_avg = t.grad_avg.notna()
     assert (has_avg == t.num.notna()).all()
     assert (t.a.notna() == t.mom_prod.notna()).all()
@@ -215,7 +233,8 @@ def test_trace_every_optimizer(opt_func):
 def test_the_gradient_is_the_one_that_enters_the_averages():
     "With L2 decay, `grad` has wd·p in it, in fastai's optimizers, which add it in place, and in torch's, which do not"
     g,p0 = torch.tensor([0.3, -0.2]), torch.tensor([1., 2.])
-    for f in (partial(NAdam, decouple_wd=False), partial(SGD, decouple_wd=False), wrapped(torch.optim.SGD), wrapped(torch.optim.Adam)):
+    for f in (partial(NAdam, decouple_wd=False), partial(SGD, decouple_wd=False), wrapped(torch.optim.SGD),
+        wrapped(torch.optim.Adam)):
         p = nn.Parameter(p0.clone())
         p.grad = g.clone()
         opt = f([p], lr=0.1)
@@ -273,7 +292,8 @@ def test_memory_is_bounded():
         for _ in range(12): opt.step()
     assert trace.table().step.to_list() == [8, 9, 10, 11, 12]
     for kw in (dict(max_steps=0), dict(max_numel=2.5)):
-        with pytest.raises(ValueError, match=f"{[*kw][0]} must be a whole number ≥ 1, got {[*kw.values()][0]}"): StepTrace(opt, **kw)
+        with pytest.raises(ValueError, match=f"{[*kw][0]} must be a whole number ≥ 1, got {[*kw.values()][0]}"):
+            StepTrace(opt, **kw)
 
 def test_copies_do_not_change():
     p = nn.Parameter(torch.randn(3))
@@ -288,7 +308,8 @@ def test_copies_do_not_change():
     assert len(first) == 7
     for k,v in first.items(): close(trace.table()[k][0], v, rtol=0, atol=0)
 
-@pytest.mark.parametrize('make', [lambda p: NAdam(p, lr=0.1), lambda p: Lookahead(NAdam(p, lr=0.1)), lambda p: OptimWrapper(p, torch.optim.AdamW, lr=0.1),
+@pytest.mark.parametrize('make', [lambda p: NAdam(p, lr=0.1), lambda p: Lookahead(NAdam(p, lr=0.1)),
+    lambda p: OptimWrapper(p, torch.optim.AdamW, lr=0.1),
     lambda p: OptimWrapper(opt=torch.optim.AdamW(p, lr=0.1))], ids=['NAdam', 'Lookahead', 'OptimWrapper', 'built'])
 def test_the_optimizer_is_left_as_it_was(make):
     def inner(o):
@@ -363,7 +384,8 @@ def test_a_step_that_was_there_before_the_trace_stays():
     with StepTrace(opt) as c: opt.step()
     assert [t.table().step.to_list() for t in (a, b, c)] == [[1], [2, 3], [5]]
 
-@pytest.mark.parametrize('opt_func', [NAdam, SGD, ranger, wrapped(torch.optim.SGD)], ids=['NAdam', 'SGD', 'ranger', 'torch_SGD'])
+@pytest.mark.parametrize('opt_func', [NAdam, SGD, ranger, wrapped(torch.optim.SGD)],
+    ids=['NAdam', 'SGD', 'ranger', 'torch_SGD'])
 def test_a_new_optimizer_of_the_learner_is_traced_too(opt_func):
     learn = learner(opt_func)
     cbs = {*map(type, learn.cbs)}
@@ -408,7 +430,8 @@ class Record(Callback):
     def before_fit(self): self.seen = []
     def before_step(self): self.before = [p.detach().clone() for p in self.model.parameters()]
     def after_step(self):
-        self.seen.append([(b.double(), p.detach().double().clone(), p.grad.double().clone()) for b,p in zip(self.before, self.model.parameters())])
+        self.seen.append([(b.double(), p.detach().double().clone(), p.grad.double().clone())
+            for b,p in zip(self.before, self.model.parameters())])
 
 @every_opt
 def test_stats_of_every_optimizer(opt_func):
@@ -417,7 +440,8 @@ def test_stats_of_every_optimizer(opt_func):
     fit(learn, cbs=[stats, rec])
     t = stats.table()
     assert list(t.columns) == STATS and len(t) == 4*6
-    assert t.param.to_list() == [n for n,_ in learn.model.named_parameters()]*4 and t.step.to_list() == [s for s in range(1, 5) for _ in range(6)]
+    assert t.param.to_list() == [n for n,_ in learn.model.named_parameters()]*4
+    assert t.step.to_list() == [s for s in range(1, 5) for _ in range(6)]
     for r,(b,p,g) in zip(t.itertuples(), [o for step in rec.seen for o in step]):
         d = p - b
         if b.norm() == 0: assert r.update_ratio == math.inf
@@ -431,7 +455,8 @@ def test_stats_of_plain_sgd_by_hand():
     fit(learn, lr=0.1, cbs=stats)
     t = stats.table().set_index('param')
     assert (t.step == 1).all() and len(t) == 6
-    close(t.cosine.drop('0.bias'), -1, rtol=1e-4) # batch norm takes out the bias before it: its gradient is rounding error
+    # batch norm takes out the bias before it: its gradient is rounding error
+    close(t.cosine.drop('0.bias'), -1, rtol=1e-4)
     assert (t.wd_share == 0).all()
 
 def test_share_of_weight_decay():
@@ -446,10 +471,11 @@ def test_share_of_weight_decay():
     close(t.update_ratio['0.weight'], 0.01, rtol=1e-3)
     assert (t.wd_share[['1.weight', '3.bias']] == 0).all(), "no decay where do_wd is False"
     assert t.wd_share['3.weight'].between(0.001, 0.2).all()
-    for f in (partial(NAdam, decouple_wd=False), wrapped(torch.optim.Adam), wrapped(torch.optim.Adagrad)): # no part of its own
+    # no part of its own
+    for f in (partial(NAdam, decouple_wd=False), wrapped(torch.optim.Adam), wrapped(torch.optim.Adagrad)):
         stats = UpdateStats()
         fit(learner(f, wd=0.1), cbs=stats)
-        assert stats.table().set_index('param').wd_share['3.weight'].__ne__(0) and stats.table().set_index('param').wd_share.isna()['3.weight']
+        assert math.isnan(stats.table().set_index('param').wd_share['3.weight'])
 
 def test_a_parameter_of_zeros_has_an_infinite_ratio():
     m = net()
@@ -462,7 +488,8 @@ def test_a_parameter_of_zeros_has_an_infinite_ratio():
     assert t.update_ratio.notna().all() and np.isfinite(t.update_ratio[(t.step > 1) & (t.param == '3.weight')]).all()
     stats.plot()
 
-@pytest.mark.parametrize('every,steps', [(1, [*range(1, 21)]), (3, [1, 4, 7, 10, 13, 16, 19]), (10, [1, 11]), (50, [1])])
+@pytest.mark.parametrize('every,steps', [(1, [*range(1, 21)]), (3, [1, 4, 7, 10, 13, 16, 19]), (10, [1, 11]),
+    (50, [1])])
 def test_every(every, steps):
     stats = UpdateStats(every=every)
     fit(learner(n=80), 2, cbs=stats)
@@ -472,7 +499,8 @@ def test_records_are_thinned_out():
     stats = UpdateStats(every=1, max_records=8)
     fit(learner(n=8*100), cbs=stats)
     steps = stats.table().step.unique()
-    assert steps[0] == 1 and 4 <= len(steps) <= 8 and len(set(np.diff(steps))) == 1 and steps[-1] > 100 - np.diff(steps)[0]
+    (every,) = set(np.diff(steps))
+    assert steps[0] == 1 and 4 <= len(steps) <= 8 and steps[-1] > 100 - every
 
 def test_gradient_accumulation():
     "Only steps count, and at most one is recorded every `every` batches"
@@ -525,7 +553,8 @@ def test_half_precision_parameters():
     p0 = m[0].weight.detach().clone()
     stats = UpdateStats()
     learn = fit(learner(model=m), cbs=[ToBFloat16(), stats])
-    assert stats.table().dtypes['update_ratio'] == float and np.isfinite(stats.table().set_index('param').update_ratio['0.weight'])
+    t = stats.table().set_index('param')
+    assert t.update_ratio.dtype == float and np.isfinite(t.update_ratio['0.weight'])
     set_grads(m.parameters())
     with StepTrace(learn) as trace: learn.opt.step()
     assert trace.table().p[0].dtype == torch.bfloat16
@@ -587,11 +616,13 @@ def test_the_plot_shows_the_table():
 
 def test_plot_rule():
     sched = combined_cos(0.25, 0.95, 0.85, 0.95)
-    for mom,moms in ((0.8, [0.8]*30), (sched, [sched(i/30) for i in range(30)]), ([0.9]*20 + [0.5]*10, [0.9]*20 + [0.5]*10)):
+    for mom,moms in ((0.8, [0.8]*30), (sched, [sched(i/30) for i in range(30)]),
+        ([0.9]*20 + [0.5]*10, [0.9]*20 + [0.5]*10)):
         plt.close('all')
         plot_rule(mom, n=30)
         axs = np.array(plt.gcf().axes).reshape(2, -1)
-        rules = [ruder_rule, dozat_rule, partial(dozat_rule, mom_decay=1.), partial(dozat_rule, mom_decay=math.inf), adam_rule]
+        rules = [ruder_rule, dozat_rule, partial(dozat_rule, mom_decay=1.), partial(dozat_rule, mom_decay=math.inf),
+            adam_rule]
         assert axs.shape[1] == len(rules)
         for (ax_a,ax_b),rule in zip(axs.T, rules):
             state = {}

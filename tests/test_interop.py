@@ -25,7 +25,8 @@ def new_grads(ps, n): return [[torch.randn_like(p) for p in ps] for _ in range(n
 
 def assert_same_opt(opt, other):
     "Same parameters in the same groups, hypers, state and flags"
-    assert len(opt.param_lists) == len(other.param_lists) and opt.rule is other.rule and opt.decouple_wd == other.decouple_wd
+    assert opt.rule is other.rule and opt.decouple_wd == other.decouple_wd
+    assert len(opt.param_lists) == len(other.param_lists)
     for pg,pg2,h,h2 in zip(opt.param_lists, other.param_lists, opt.hypers, other.hypers):
         assert [id(p) for p in pg] == [id(p) for p in pg2]
         assert h == h2
@@ -75,7 +76,9 @@ def test_a_torch_run_goes_through_fastai(impl, dtype):
     "The reverse, with groups that PyTorch's users write: weight decay in one, tensor lr, no fastai in sight"
     ps = new_params(dtype)
     qs, grads = copies(ps), new_grads(ps, 15)
-    def make(ps): return torch.optim.NAdam([dict(params=ps[:2], weight_decay=0.1), dict(params=ps[2:], betas=(0.8, 0.99), momentum_decay=1.)],
+    def make(ps):
+        return torch.optim.NAdam([dict(params=ps[:2], weight_decay=0.1),
+            dict(params=ps[2:], betas=(0.8, 0.99), momentum_decay=1.)],
         lr=torch.tensor(0.05, dtype=torch.float64), foreach=False)
     one = make(qs)
     train(one, qs, grads)
@@ -142,7 +145,8 @@ def test_torch_state_dict_on_disk(tmp_path):
     train(opt, ps, new_grads(ps, 3))
     torch.save(to_torch(opt).state_dict(), tmp_path/'opt.pth')
     sd = torch.load(tmp_path/'opt.pth', weights_only=True)
-    script = torch.optim.NAdam([dict(params=[ps[o['index']] for o in g['fastai']['params']]) for g in sd['param_groups']])
+    script = torch.optim.NAdam([dict(params=[ps[o['index']] for o in g['fastai']['params']])
+        for g in sd['param_groups']])
     script.load_state_dict(sd)
     qs, grads = copies(ps), new_grads(ps, 5)
     script_groups = [len(g['params']) for g in script.param_groups]
@@ -166,7 +170,8 @@ def test_a_group_added_in_torch_comes_along():
     torch_opt = to_torch(flagged(DozatNAdam, ps[:5], lr=0.1))
     torch_opt.add_param_group(dict(params=ps[5:], lr=0.7))
     opt = from_torch(torch_opt)
-    assert [[id(p) for p in pg] for pg in opt.param_lists] == [[id(p) for p in pg] for pg in (ps[:3], [ps[3]], [ps[4]], [ps[5]])]
+    assert [[id(p) for p in pg] for pg in opt.param_lists] == [[id(p) for p in pg]
+        for pg in (ps[:3], [ps[3]], [ps[4]], [ps[5]])]
     assert opt.hypers[-1]['lr'] == 0.7
 
 def test_hypers_changed_in_torch_come_along():
@@ -193,7 +198,8 @@ def test_a_learner_goes_on_with_it():
 def test_from_adam_without_nesterov_is_that_adam(impl, cls):
     ps = new_params()
     qs, grads = copies(ps), new_grads(ps, 15)
-    def make(ps): return cls([dict(params=ps[:2]), dict(params=ps[2:], betas=(0.8, 0.99), lr=0.2)], lr=0.05, weight_decay=0.1)
+    def make(ps):
+        return cls([dict(params=ps[:2]), dict(params=ps[2:], betas=(0.8, 0.99), lr=0.2)], lr=0.05, weight_decay=0.1)
     one = make(qs)
     train(one, qs, grads)
     torch_opt = make(ps)
@@ -228,7 +234,8 @@ def test_a_checkpoint_of_fastais_adam_goes_on_with_nadam(impl, tmp_path):
     theirs = timm.optim.NAdamW([dict(params=[q], weight_decay=0.01) for q in qs], lr=0.01, betas=(0.9, 0.99), eps=1e-5)
     for p,q in zip(learn.model.parameters(), qs):
         s = old.state[p]
-        theirs.state[q] = dict(step=torch.tensor(float(s['step'])), exp_avg=s['grad_avg'].clone(), exp_avg_sq=s['sqr_avg'].clone())
+        theirs.state[q] = dict(step=torch.tensor(float(s['step'])), exp_avg=s['grad_avg'].clone(),
+            exp_avg_sq=s['sqr_avg'].clone())
         if s.get('do_wd') is False: theirs.param_groups[[o is q for o in qs].index(True)]['weight_decay'] = 0.
     nlearn.opt.set_hypers(lr=0.01)
     grads = new_grads(ps, 5)
@@ -243,7 +250,8 @@ def test_a_checkpoint_of_fastais_adam_goes_on_with_nadam(impl, tmp_path):
 def nadam(**kwargs): return torch.optim.NAdam([nn.Parameter(torch.ones(3))], **kwargs)
 
 @pytest.mark.parametrize('opt_func,msg', [
-    (NAdam, 'rule ruder_rule.*load opt.state_dict.* into a DozatNAdam'), (partial(NAdam, nesterov=False), 'rule adam_rule.*DozatNAdam')])
+    (NAdam, 'rule ruder_rule.*load opt.state_dict.* into a DozatNAdam'),
+    (partial(NAdam, nesterov=False), 'rule adam_rule.*DozatNAdam')])
 def test_ruders_rule_is_refused_and_the_advice_works(opt_func, msg):
     ps = new_params()
     opt = opt_func(ps, lr=0.1)
@@ -261,19 +269,22 @@ def test_a_scheduled_sqr_mom_is_refused_until_it_makes_no_difference():
         opt.step()
     to_torch(opt)
     opt.set_hypers(sqr_mom=0.9)
-    with pytest.raises(ValueError, match=r'sqr_mom has changed.*shape \(3,\).*keep sqr_mom constant, or move later'): to_torch(opt)
+    with pytest.raises(ValueError, match=r'sqr_mom has changed.*shape \(3,\).*keep sqr_mom constant, or move later'):
+        to_torch(opt)
     for n in range(200):
         p.grad = torch.randn(3)
         opt.step()
     to_torch(opt)
 
-@pytest.mark.parametrize('flag,what', [('maximize', 'negate the loss'), ('differentiable', 'False'), ('capturable', 'CUDA graphs')])
+@pytest.mark.parametrize('flag,what', [('maximize', 'negate the loss'), ('differentiable', 'False'),
+    ('capturable', 'CUDA graphs')])
 def test_flags_of_torch_are_refused(flag, what):
     torch_opt = nadam()
     torch_opt.param_groups[0][flag] = True
     with pytest.raises(ValueError, match=rf'param_groups\[0\] has {flag}=True.*{what}'): from_torch(torch_opt)
 
-@pytest.mark.skipif('maximize' not in torch.optim.NAdam([torch.ones(1)]).defaults, reason='this PyTorch has no maximize')
+@pytest.mark.skipif('maximize' not in torch.optim.NAdam([torch.ones(1)]).defaults,
+    reason='this PyTorch has no maximize')
 def test_maximize_the_advice_works():
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     theirs, torch_opt = (torch.optim.NAdam([o], maximize=True) for o in (p, q))
@@ -285,15 +296,18 @@ def test_maximize_the_advice_works():
     assert_close([p], [q])
 
 def test_amsgrad_is_refused():
-    with pytest.raises(ValueError, match='amsgrad=True.*exp_avg_sq'): from_adam(torch.optim.AdamW([nn.Parameter(torch.ones(3))], amsgrad=True))
+    with pytest.raises(ValueError, match='amsgrad=True.*exp_avg_sq'):
+        from_adam(torch.optim.AdamW([nn.Parameter(torch.ones(3))], amsgrad=True))
 
 def test_complex_parameters_are_refused():
-    with pytest.raises(ValueError, match='complex'): from_torch(torch.optim.NAdam([nn.Parameter(torch.ones(3, dtype=torch.complex64))]))
+    with pytest.raises(ValueError, match='complex'):
+        from_torch(torch.optim.NAdam([nn.Parameter(torch.ones(3, dtype=torch.complex64))]))
 
 def test_two_kinds_of_weight_decay_are_refused():
     a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
     groups = [dict(params=[a], decoupled_weight_decay=True, weight_decay=0.1), dict(params=[b], weight_decay=0.1)]
-    with pytest.raises(ValueError, match='decoupled_weight_decay is True in some param_groups and False in others'): from_torch(torch.optim.NAdam(groups))
+    with pytest.raises(ValueError, match='decoupled_weight_decay is True in some param_groups and False in others'):
+        from_torch(torch.optim.NAdam(groups))
     groups[0]['weight_decay'] = 0.
     assert not from_torch(torch.optim.NAdam(groups)).decouple_wd
 
@@ -304,7 +318,8 @@ def test_frozen_parameters_with_a_gradient_are_refused():
     m(torch.randn(4, 2)).mean().backward()
     opt.step()
     opt.freeze()
-    with pytest.raises(ValueError, match=r'shape \(2, 2\) is frozen and has a gradient.*model.zero_grad\(\)'): to_torch(opt)
+    with pytest.raises(ValueError, match=r'shape \(2, 2\) is frozen and has a gradient.*model.zero_grad\(\)'):
+        to_torch(opt)
     m.zero_grad()
     torch_opt = to_torch(opt)
     before = deepcopy(m[0].state_dict())
@@ -318,22 +333,27 @@ def test_groups_that_grew_apart_are_refused_and_the_advice_works():
     ps = new_params()
     torch_opt = to_torch(flagged(DozatNAdam, ps, lr=0.1))
     torch_opt.param_groups[0]['lr'] = 0.9
-    with pytest.raises(ValueError, match=r"now differ in \['lr'\]; make them equal, or delete their entries 'fastai'"): from_torch(torch_opt)
+    with pytest.raises(ValueError, match=r"now differ in \['lr'\]; make them equal, or delete their entries 'fastai'"):
+        from_torch(torch_opt)
     for pg in torch_opt.param_groups[:2]: del pg['fastai']
     assert sorted(len(pg) for pg in from_torch(torch_opt).param_lists) == [1, 1, 2, 2]
     torch_opt = to_torch(flagged(DozatNAdam, ps, lr=0.1))
     torch_opt.param_groups[1]['weight_decay'] = 0.1
-    with pytest.raises(ValueError, match=r"do_wd=False has weight_decay=0.1; set it to 0, or delete"): from_torch(torch_opt)
+    with pytest.raises(ValueError, match=r"do_wd=False has weight_decay=0.1; set it to 0, or delete"):
+        from_torch(torch_opt)
     torch_opt = to_torch(flagged(DozatNAdam, ps, lr=0.1))
     torch_opt.param_groups[3]['params'].pop()
-    with pytest.raises(ValueError, match=r"has 1 parameters, but its entry 'fastai' is for 2; delete the entry"): from_torch(torch_opt)
+    with pytest.raises(ValueError, match=r"has 1 parameters, but its entry 'fastai' is for 2; delete the entry"):
+        from_torch(torch_opt)
 
 @pytest.mark.parametrize('f,opt,msg', [
     (to_torch, nadam(), 'opt must be a .*NAdamOptimizer, got NAdam$'),
-    (to_torch, Lookahead(DozatNAdam([nn.Parameter(torch.ones(2))], lr=1)), 'got Lookahead; pass the optimizer that it wraps, its .opt'),
+    (to_torch, Lookahead(DozatNAdam([nn.Parameter(torch.ones(2))], lr=1)),
+        'got Lookahead; pass the optimizer that it wraps, its .opt'),
     (from_torch, OptimWrapper(opt=nadam()), 'got OptimWrapper; pass the optimizer that it wraps, its .opt'),
     (from_torch, torch.optim.Adam([nn.Parameter(torch.ones(2))]), 'must be a torch.optim.*NAdam, got Adam$'),
-    (from_adam, nadam(), 'must be a torch.optim.*Adam or torch.optim.*AdamW, got NAdam$'), (from_torch, None, 'got NoneType')])
+    (from_adam, nadam(), 'must be a torch.optim.*Adam or torch.optim.*AdamW, got NAdam$'),
+    (from_torch, None, 'got NoneType')])
 def test_other_optimizers_are_refused(f, opt, msg):
     with pytest.raises(TypeError, match=msg): f(opt)
 
@@ -342,11 +362,14 @@ def test_a_broken_state_is_refused():
     torch_opt = torch.optim.NAdam(ps)
     train(torch_opt, ps, new_grads(ps, 1))
     torch_opt.state[ps[1]]['exp_avg'] = torch.zeros(7)
-    with pytest.raises(ValueError, match=r'state of parameter 1, of shape \(4,\): grad_avg has shape \(7,\)'): from_torch(torch_opt)
+    with pytest.raises(ValueError, match=r'state of parameter 1, of shape \(4,\): grad_avg has shape \(7,\)'):
+        from_torch(torch_opt)
     del torch_opt.state[ps[1]]['exp_avg']
-    with pytest.raises(ValueError, match=r"state of parameter 1, of shape \(4,\): missing \['grad_avg'\]"): from_torch(torch_opt)
+    with pytest.raises(ValueError, match=r"state of parameter 1, of shape \(4,\): missing \['grad_avg'\]"):
+        from_torch(torch_opt)
 
 def test_without_the_hyper_mom_decay():
     "The rule's default is torch's"
     p = nn.Parameter(torch.ones(3))
-    assert to_torch(NAdamOptimizer([p], dozat_rule, lr=0.1, mom=0.9, sqr_mom=0.99)).param_groups[0]['momentum_decay'] == 4e-3
+    opt = NAdamOptimizer([p], dozat_rule, lr=0.1, mom=0.9, sqr_mom=0.99)
+    assert to_torch(opt).param_groups[0]['momentum_decay'] == 4e-3

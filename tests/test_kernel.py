@@ -23,7 +23,8 @@ def threads():
 
 def python(code, **env):
     "What a fresh Python prints"
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, **env})
     assert p.returncode == 0, p.stderr
     return p.stdout.split()
 
@@ -40,7 +41,8 @@ def formula(p, g, m, v, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2):
     return (1-lr*wd)*p - lr*(a*m + b*g)/((v/debias2).sqrt() + eps), g, m, v
 
 @built
-@pytest.mark.parametrize('rule', [ruder_rule, partial(dozat_rule, mom_decay=4e-3), adam_rule], ids=['ruder', 'dozat', 'adam'])
+@pytest.mark.parametrize('rule', [ruder_rule, partial(dozat_rule, mom_decay=4e-3), adam_rule],
+    ids=['ruder', 'dozat', 'adam'])
 @pytest.mark.parametrize('decay', ['wd', 'l2'])
 @pytest.mark.parametrize('dtype', tols, ids=str)
 def test_fifty_steps(rule, decay, dtype, threads):
@@ -56,7 +58,8 @@ def test_fifty_steps(rule, decay, dtype, threads):
         mom, sqr_mom = random.uniform(0.5, 0.99), random.uniform(0.9, 0.999)
         sqr_prod *= sqr_mom
         a, b, prods = rule(mom=mom, step=step, **prods)
-        kw = dict(lr=random.uniform(0, 0.1), mom=mom, sqr_mom=sqr_mom, eps=1e-3, wd=0., l2=0., a=a, b=b, debias2=1-sqr_prod)
+        kw = dict(lr=random.uniform(0, 0.1), mom=mom, sqr_mom=sqr_mom, eps=1e-3, wd=0., l2=0., a=a, b=b,
+            debias2=1-sqr_prod)
         kw[decay] = random.choice([0., 0.1])
         for g,x in zip(raw[1], exact[1]): x.copy_(g.normal_())
         threads(1 + (step%10 == 0))
@@ -69,13 +72,15 @@ def test_fifty_steps(rule, decay, dtype, threads):
 
 @threaded
 @pytest.mark.parametrize('dtype', tols, ids=str)
-@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam, partial(NAdam, nesterov=False)], ids=['NAdam', 'DozatNAdam', 'Adam'])
+@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam, partial(NAdam, nesterov=False)],
+    ids=['NAdam', 'DozatNAdam', 'Adam'])
 @pytest.mark.parametrize('decouple_wd', [True, False])
 def test_nan_and_infinity_go_where_the_steppers_send_them(dtype, opt_func, decouple_wd):
     n = 500
     ps = [nn.Parameter(torch.randn(n, dtype=dtype)) for _ in range(2)]
     ps[1].data.copy_(ps[0].data)
-    opts = [opt_func([p], 0.1, wd=0.1, decouple_wd=decouple_wd, **kw) for p,kw in zip(ps, (dict(), dict(foreach=False, fused=False)))]
+    opts = [opt_func([p], 0.1, wd=0.1, decouple_wd=decouple_wd, **kw)
+        for p,kw in zip(ps, (dict(), dict(foreach=False, fused=False)))]
     assert [o.impl for o in opts] == ['kernel', 'steppers']
     for t in range(6):
         g = torch.randn(n, dtype=dtype)
@@ -96,7 +101,8 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
     for n in (1, 2, 5):
         threads(n)
         lists = [[t.clone() for t in ts] for ts in start]
-        kernel_step(address_blocks(*lists), lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=1., b=0.5, debias2=0.5)
+        kernel_step(address_blocks(*lists), lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=1., b=0.5,
+            debias2=0.5)
         res.append(sum(lists, []))
     assert all(torch.equal(x, y) for other in res[1:] for x,y in zip(res[0], other))
 
@@ -110,7 +116,8 @@ import os, torch
 from fastai_nadam.multi_tensor import address_blocks, kernel_step
 lists = [[torch.ones(2_000_000)] for _ in range(4)]
 def torch_op(): return lists[0][0] + lists[1][0]
-def step(): kernel_step(address_blocks(*lists), lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0., l2=0., a=1., b=1., debias2=1.)
+hypers = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0., l2=0., a=1., b=1., debias2=1.)
+def step(): kernel_step(address_blocks(*lists), **hypers)
 def running(): print(len(os.listdir('/proc/self/task')), flush=True)
 print(len({{l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l or 'libomp' in l}}))
 step(); running()
@@ -127,7 +134,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))""", OMP_NUM_THREADS='1')
     assert n == [before+2]*2
 
 def test_switched_off_by_the_environment():
-    code = "import torch; from fastai_nadam import NAdam, multi_tensor as m; print(m._kernel is None, NAdam([torch.ones(2)], 1.).impl)"
+    code = """import torch; from fastai_nadam import NAdam, multi_tensor
+print(multi_tensor._kernel is None, NAdam([torch.ones(2)], 1.).impl)"""
     off = ['True', 'fused' if multi_tensor._has_fused('cpu', torch.float32) else 'foreach']
     assert python(code, FASTAI_NADAM_KERNEL='0') == off
     on = ['False', 'kernel' if _kernel.openmp else off[1]] if _kernel else off
@@ -137,16 +145,19 @@ def test_pick_impl(monkeypatch):
     "With a kernel that has threads, with one that has none, and without one"
     has = multi_tensor._has_fused('cpu', torch.float32)
     theirs = fused_step if has else foreach_step
-    for kernel,first in ((SimpleNamespace(openmp=1), kernel_step), (SimpleNamespace(openmp=0), theirs if has else kernel_step), (None, theirs)):
+    for kernel,first in ((SimpleNamespace(openmp=1), kernel_step),
+        (SimpleNamespace(openmp=0), theirs if has else kernel_step), (None, theirs)):
         monkeypatch.setattr(multi_tensor, '_kernel', kernel)
         pick_impl.cache_clear()
         for dtype in tols:
             assert pick_impl('cpu', dtype) is first and pick_impl('cpu', dtype, foreach=True) is foreach_step
             assert pick_impl('cpu', dtype, False, False) is None and pick_impl('cpu', dtype, fused=False) is None
-            if kernel or has: assert pick_impl('cpu', dtype, fused=True) is first and pick_impl('cpu', dtype, True, True) is first
+            if kernel or has:
+                assert pick_impl('cpu', dtype, fused=True) is first and pick_impl('cpu', dtype, True, True) is first
         assert pick_impl('cpu', torch.bfloat16) is theirs and pick_impl('meta', torch.float32) is foreach_step
         for args in (('meta', torch.float32), ('cpu', torch.int64)):
-            with pytest.raises(ValueError, match='fused=True: there is no such kernel for'): pick_impl(*args, fused=True)
+            with pytest.raises(ValueError, match='fused=True: there is no such kernel for'):
+                pick_impl(*args, fused=True)
     pick_impl.cache_clear()
 
 def test_blocks_keep_no_tensor_alive():

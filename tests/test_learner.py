@@ -19,7 +19,8 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Lookahead
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
-from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
+from fastai.text.all import (AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, awd_lstm_lm_config,
+    language_model_learner, text_classifier_learner)
 from fastai.torch_core import default_device, params
 from fastai.vision.all import ImageBlock, PILImage, Resize, vision_learner
 from fastcore.foundation import L
@@ -50,7 +51,8 @@ def linear_model():
 
 def conv_model():
     torch.manual_seed(2)
-    return nn.Sequential(nn.Sequential(ConvLayer(3, 8, stride=2), ConvLayer(8, 8)), nn.Sequential(nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(8, 2)))
+    return nn.Sequential(nn.Sequential(ConvLayer(3, 8, stride=2), ConvLayer(8, 8)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(8, 2)))
 
 def toy_learner(model=None, dls=None, opt_func=NAdam, splitter=split, **kwargs):
     kwargs = {**dict(loss_func=CrossEntropyLossFlat(), opt_func=opt_func, splitter=splitter), **kwargs}
@@ -72,12 +74,14 @@ def steps(learn): return {s['step'] for s in learn.opt.state.values() if 'step' 
 def weights_and_state(learn): return weights(learn), deepcopy(learn.opt.state_dict())
 
 def loss_of(learn):
-    with torch.no_grad(): return F.cross_entropy(learn.model(learn.dls.valid_ds.tensors[0]), learn.dls.valid_ds.tensors[1]).item()
+    with torch.no_grad():
+        return F.cross_entropy(learn.model(learn.dls.valid_ds.tensors[0]), learn.dls.valid_ds.tensors[1]).item()
 
 def assert_learns(learn, before):
     "Every parameter has moved and is finite"
     assert isinstance(learn.opt, NAdamOptimizer)
-    for p,(name,q) in zip(before, learn.model.named_parameters(), strict=True): assert q.isfinite().all() and not torch.equal(p, q), name
+    for p,(name,q) in zip(before, learn.model.named_parameters(), strict=True):
+        assert q.isfinite().all() and not torch.equal(p, q), name
 
 # Mixed precision
 
@@ -86,7 +90,8 @@ class Watch(Callback):
     order = 90
     def before_fit(self): self.log = []
     def before_backward(self): self.before = weights_and_state(self.learn)
-    def after_step(self): self.log.append((self.before, weights_and_state(self.learn), not self.mixed_precision.skipped))
+    def after_step(self):
+        self.log.append((self.before, weights_and_state(self.learn), not self.mixed_precision.skipped))
 
 @each_impl
 def test_a_skipped_step_changes_nothing(impl):
@@ -113,7 +118,8 @@ class Overflow(Callback):
 def test_an_overflow_in_the_middle_is_skipped_and_training_goes_on(impl):
     "As if that batch had not been there"
     scale = dict(init_scale=256., growth_interval=10**6)
-    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl), cbs=[CPUPrecision(torch.float32, **scale), Overflow(), Watch()])
+    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl),
+        cbs=[CPUPrecision(torch.float32, **scale), Overflow(), Watch()])
     fit(learn, 2, 1e-2)
     assert [i for i,(*_,done) in enumerate(learn.watch.log) if not done] == [5]
     (ws,sd), (ws2,sd2), _ = learn.watch.log[5]
@@ -184,7 +190,8 @@ def timm_run(clip=None, n_epoch=2, bs=bs):
     "The same training in plain PyTorch, with timm's NAdamW and what `Learner` does besides"
     model, dls = linear_model(), toy_dls(bs=bs)
     ws, biases = ([p for p in model.parameters() if (p.ndim > 1) == o] for o in (True, False))
-    opt = timm.optim.NAdamW([dict(params=ws, weight_decay=0.1), dict(params=biases, weight_decay=0.)], lr=1e-2, betas=(0.9, 0.99))
+    opt = timm.optim.NAdamW([dict(params=ws, weight_decay=0.1), dict(params=biases, weight_decay=0.)], lr=1e-2,
+        betas=(0.9, 0.99))
     for _ in range(n_epoch):
         for x,y in dls.train:
             F.cross_entropy(model(x), y).backward()
@@ -268,7 +275,8 @@ def test_early_stopping():
 
 @each_impl
 def test_reduce_lr_on_plateau(impl):
-    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl), cbs=ReduceLROnPlateau(min_delta=100., patience=1))
+    learn = toy_learner(opt_func=partial(with_impl, NAdam, impl=impl),
+        cbs=ReduceLROnPlateau(min_delta=100., patience=1))
     fit(learn, 3, slice(1e-2, 1e-1))
     np.testing.assert_allclose([h['lr'] for h in learn.opt.hypers], [1e-4, 1e-3])
     np.testing.assert_allclose(learn.recorder.lrs, [0.1]*8 + [0.01]*4)
@@ -302,7 +310,8 @@ def test_frozen_again_after_training():
 
 @each_impl
 def test_every_hyper_can_be_scheduled(impl):
-    sched = dict(lr=SchedExp(1e-2, 1e-4), mom=combined_cos(0.25, 0.95, 0.85, 0.95), sqr_mom=SchedLin(0.9, 0.99), eps=SchedExp(1e-3, 1e-8), wd=SchedCos(0.2, 0.),
+    sched = dict(lr=SchedExp(1e-2, 1e-4), mom=combined_cos(0.25, 0.95, 0.85, 0.95), sqr_mom=SchedLin(0.9, 0.99),
+        eps=SchedExp(1e-3, 1e-8), wd=SchedCos(0.2, 0.),
         mom_decay=SchedLin(0.004, 1.))
     class Log(Callback):
         def before_fit(self): self.hypers = []
@@ -346,7 +355,8 @@ def test_export_and_load_learner(opt_func, tmp_path):
     for p,q in zip(weights(learn), weights(other)): assert torch.equal(p, q)
     other.dls = learn.dls
     other.create_opt()
-    assert [h['eps'] for h in other.opt.hypers] == [h['eps'] for h in learn.opt.hypers] and other.opt.rule.__class__ is learn.opt.rule.__class__
+    assert [h['eps'] for h in other.opt.hypers] == [h['eps'] for h in learn.opt.hypers]
+    assert other.opt.rule.__class__ is learn.opt.rule.__class__
     fit(other, 1, 1e-2)
     assert steps(other) == {4}
 
@@ -370,15 +380,18 @@ def test_lookahead(impl):
 
 # Learners of every kind
 
-def tiny_arch(pretrained=False): return nn.Sequential(*conv_model()[0], nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(8, 2))
+def tiny_arch(pretrained=False):
+    return nn.Sequential(*conv_model()[0], nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(8, 2))
 
 @each_impl
 def test_vision_learner(impl):
     x = np.random.default_rng(0).integers(0, 255, (n, 12, 12, 3), dtype=np.uint8)
-    db = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: PILImage.create(x[i]), get_y=lambda i: int(x[i].mean() > 127),
+    db = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: PILImage.create(x[i]),
+        get_y=lambda i: int(x[i].mean() > 127),
         splitter=RandomSplitter(0.25, seed=0), item_tfms=Resize(8))
     dls = db.dataloaders(range(n), bs=bs, device='cpu', num_workers=0)
-    learn = vision_learner(dls, tiny_arch, opt_func=partial(with_impl, NAdam, impl=impl), pretrained=False, cut=2, splitter=split, lin_ftrs=[8])
+    learn = vision_learner(dls, tiny_arch, opt_func=partial(with_impl, NAdam, impl=impl), pretrained=False, cut=2,
+        splitter=split, lin_ftrs=[8])
     before = weights(learn)
     quietly(learn, 'fine_tune', 1, 1e-2)
     assert_learns(learn, before)
@@ -390,8 +403,10 @@ def test_vision_learner(impl):
 @each_impl
 def test_tabular_learner(impl):
     rng = np.random.default_rng(0)
-    df = pd.DataFrame(dict(kind=rng.choice(list('abc'), n), size=rng.normal(size=n), y=rng.normal(size=n).astype(np.float32)))
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['kind'], cont_names=['size'], y_names='y', valid_idx=range(16), bs=bs, device='cpu')
+    df = pd.DataFrame(dict(kind=rng.choice(list('abc'), n), size=rng.normal(size=n),
+        y=rng.normal(size=n).astype(np.float32)))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=['kind'], cont_names=['size'],
+        y_names='y', valid_idx=range(16), bs=bs, device='cpu')
     learn = tabular_learner(dls, layers=[8], opt_func=partial(with_impl, NAdam, impl=impl), y_range=(-4, 4))
     before = weights(learn)
     quietly(learn, 'fit_one_cycle', 3, 1e-2)
@@ -402,7 +417,8 @@ def test_tabular_learner(impl):
 def test_collab_learner(impl):
     "The embedding of a user who rated nothing gets gradients of zero, and moves by weight decay only"
     rng = np.random.default_rng(0)
-    df = pd.DataFrame(dict(user=rng.integers(0, 10, n), item=rng.integers(0, 20, n), rating=rng.integers(1, 6, n).astype(np.float32)))
+    df = pd.DataFrame(dict(user=rng.integers(0, 10, n), item=rng.integers(0, 20, n),
+        rating=rng.integers(1, 6, n).astype(np.float32)))
     dls = CollabDataLoaders.from_df(df, bs=bs, device='cpu', seed=0)
     learn = collab_learner(dls, n_factors=4, y_range=(0, 6), opt_func=partial(with_impl, NAdam, impl=impl))
     before, unused = weights(learn), learn.model.u_weight.weight[0].detach().clone()  # row 0 is for unknown users
@@ -415,7 +431,8 @@ words = 'the a one two three dog cat house tree runs sees eats sleeps in on unde
 
 def text_dls(**kwargs):
     rng = np.random.default_rng(0)
-    df = pd.DataFrame(dict(text=[' '.join(rng.choice(words, 12)) for _ in range(n)], label=rng.integers(0, 2, n), is_valid=np.arange(n) % 4 == 0))
+    df = pd.DataFrame(dict(text=[' '.join(rng.choice(words, 12)) for _ in range(n)], label=rng.integers(0, 2, n),
+        is_valid=np.arange(n) % 4 == 0))
     return TextDataLoaders.from_df(df, text_col='text', valid_col='is_valid', seq_len=8, device='cpu', **kwargs)
 
 @pytest.fixture(scope='module')
@@ -428,7 +445,8 @@ tiny_rnn = dict(emb_sz=8, n_hid=8, n_layers=2)
 
 @each_impl
 def test_language_model_learner(impl, lm_dls):
-    learn = language_model_learner(lm_dls, AWD_LSTM, config={**awd_lstm_lm_config, **tiny_rnn}, pretrained=False, opt_func=partial(with_impl, NAdam, impl=impl))
+    learn = language_model_learner(lm_dls, AWD_LSTM, config={**awd_lstm_lm_config, **tiny_rnn}, pretrained=False,
+        opt_func=partial(with_impl, NAdam, impl=impl))
     before = weights(learn)
     quietly(learn, 'fit_one_cycle', 1, 1e-2)
     assert_learns(learn, before)
@@ -437,7 +455,8 @@ def test_language_model_learner(impl, lm_dls):
 @each_impl
 def test_text_classifier_learner(impl, class_dls):
     "Unfrozen group by group, as ULMFiT does"
-    learn = text_classifier_learner(class_dls, AWD_LSTM, config={**awd_lstm_clas_config, **tiny_rnn}, pretrained=False, opt_func=partial(with_impl, NAdam, impl=impl))
+    learn = text_classifier_learner(class_dls, AWD_LSTM, config={**awd_lstm_clas_config, **tiny_rnn}, pretrained=False,
+        opt_func=partial(with_impl, NAdam, impl=impl))
     start = weights(learn)
     learn.create_opt()
     assert len(learn.opt.param_lists) == 4
@@ -445,7 +464,8 @@ def test_text_classifier_learner(impl, class_dls):
     for depth in (1, 2):
         learn.freeze_to(-depth)
         quietly(learn, 'fit_one_cycle', 1, slice(1e-3, 1e-2))
-        for p,q in zip(start, learn.model.parameters(), strict=True): assert torch.equal(p, q) == (group[id(q)] < 4 - depth)
+        for p,q in zip(start, learn.model.parameters(), strict=True):
+            assert torch.equal(p, q) == (group[id(q)] < 4 - depth)
     learn.unfreeze()
     quietly(learn, 'fit_one_cycle', 1, slice(1e-3, 1e-2))
     assert_learns(learn, start)

@@ -15,12 +15,14 @@ def code(nb): return [c for c in json.loads(nb.read_text(encoding='utf-8'))['cel
 def shows(cell): return any(o.get('name') != 'stderr' for o in cell['outputs'])
 
 @pytest.mark.parametrize('name', [f.name for f in sorted((root/'nbs').glob('*.ipynb'))])
-def test_notebook(project, tmp_path, name):
+def test_notebook(project, tmp_path, all_cores, name):
     nb = project/'nbs'/name
     stored = code(nb)
     test = f"from nbdev.test import nbdev_test; nbdev_test({str(nb)!r}, n_workers=0, save=True)"
-    p = subprocess.run([sys.executable, '-c', test], cwd=project, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        env={**os.environ, 'IPYTHONDIR': str(tmp_path), 'OMP_NUM_THREADS': str(os.cpu_count())})
+    p = subprocess.run([sys.executable, '-c', test], cwd=project, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL,
+        env={**all_cores, 'IPYTHONDIR': str(tmp_path)})
     assert p.returncode == 0, p.stdout + p.stderr
     for old,new in zip(stored, code(nb), strict=True):
-        assert shows(old) == shows(new), f"run {name} again and store its outputs; this cell's are not those of its code:\n{''.join(old['source'])}"
+        assert shows(old) == shows(new), (f"run {name} again and store its outputs; this cell's are not those of its "
+            f"code:\n{''.join(old['source'])}")

@@ -33,8 +33,8 @@ both = pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam])
 # hypers
 
 @both
-@pytest.mark.parametrize('k,v', [('mom', 1.0), ('mom', -1e-08), ('sqr_mom', 1.5), ('sqr_mom', float('nan')), ('lr', -0.1), ('eps', -1e-08),
-    ('wd', -2.0), ('lr', float('inf')), ('lr', 'big')])
+@pytest.mark.parametrize('k,v', [('mom', 1.0), ('mom', -1e-08), ('sqr_mom', 1.5), ('sqr_mom', float('nan')),
+    ('lr', -0.1), ('eps', -1e-08), ('wd', -2.0), ('lr', float('inf')), ('lr', 'big')])
 def test_bad_hypers(opt_func, k, v):
     m = model()
     with pytest.raises(ValueError, match=k) as e: opt_func(m.parameters(), **{'lr': 0.1, k: v})
@@ -59,7 +59,8 @@ def test_set_hypers_forms():
     opt = NAdam(groups(model()), slice(1e-4, 1e-2))
     assert list(opt.hypers.itemgot('lr')) == pytest.approx([1e-4, 1e-3, 1e-2])
     opt.set_hypers(lr=slice(1.), wd=[0, np.float64(0.1), torch.tensor(0.5)], mom=np.float32(0.5))
-    assert list(opt.hypers.itemgot('lr')) == [0.1, 0.1, 1.] and list(opt.hypers.itemgot('mom')) == [0.5]*3 and list(opt.hypers.itemgot('wd')) == [0, 0.1, 0.5]
+    want = dict(lr=[0.1, 0.1, 1.], mom=[0.5]*3, wd=[0, 0.1, 0.5])
+    assert {k: list(opt.hypers.itemgot(k)) for k in want} == want
     assert all(type(v) is float for h in opt.hypers for v in h.values())
 
 @each_impl
@@ -81,8 +82,10 @@ def test_step_refuses_bad_hypers(impl, wrap):
 @both
 @each_impl
 def test_all_hypers_can_be_scheduled(impl, opt_func):
-    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=lambda ps, **kw: with_impl(opt_func, ps, impl, **kw), lr=0.01)
-    hypers = {k: SchedLin(*v) for k,v in dict(lr=(0.1, 0.01), mom=(0.5, 0.9), sqr_mom=(0.8, 0.99), eps=(1e-5, 1e-8), wd=(0.1, 0.)).items()}
+    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), lr=0.01,
+        opt_func=lambda ps, **kw: with_impl(opt_func, ps, impl, **kw))
+    ends = dict(lr=(0.1, 0.01), mom=(0.5, 0.9), sqr_mom=(0.8, 0.99), eps=(1e-5, 1e-8), wd=(0.1, 0.))
+    hypers = {k: SchedLin(*v) for k,v in ends.items()}
     if opt_func is DozatNAdam: hypers['mom_decay'] = SchedLin(1, 0.004)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=ParamScheduler(hypers))
     n = len(learn.dls.train)
@@ -92,9 +95,12 @@ def test_all_hypers_can_be_scheduled(impl, opt_func):
 
 # parameters and gradients
 
-@pytest.mark.parametrize('params,error,says', [([], ValueError, 'empty'), ([[], []], ValueError, 'empty'), (iter([]), ValueError, 'empty'),
-    (dict(model().named_parameters()).items(), TypeError, 'model.parameters'), (list(model().named_parameters()), TypeError, 'model.parameters'),
-    ([{'params': list(model().parameters())}], TypeError, 'model.parameters'), ({'params': []}, TypeError, 'dict'), (model(), TypeError, 'model.parameters'),
+@pytest.mark.parametrize('params,error,says',
+    [([], ValueError, 'empty'), ([[], []], ValueError, 'empty'), (iter([]), ValueError, 'empty'),
+    (dict(model().named_parameters()).items(), TypeError, 'model.parameters'),
+    (list(model().named_parameters()), TypeError, 'model.parameters'),
+    ([{'params': list(model().parameters())}], TypeError, 'model.parameters'), ({'params': []}, TypeError, 'dict'),
+    (model(), TypeError, 'model.parameters'),
     (None, TypeError, 'NoneType'), ([1.], TypeError, 'float'), ([torch.zeros(2), [torch.zeros(2)]], TypeError, 'list'),
     ([torch.zeros(2, 3, dtype=torch.complex64)], ValueError, r'complex.*\(2, 3\)')])
 @both
@@ -109,7 +115,8 @@ def test_forms_of_params():
     m = model()
     n = lambda ps: [len(pg) for pg in NAdam(ps, 0.1).param_lists]
     assert n(m.parameters()) == n(L(m.parameters())) == n(list(m.parameters())) == [6]
-    assert n(groups(m)) == n(L(L(o) for o in groups(m))) == n(map(tuple, groups(m))) == n([o.parameters() for o in m]) == [2, 2, 2]
+    assert n(groups(m)) == n(L(L(o) for o in groups(m))) == [2, 2, 2]
+    assert n(map(tuple, groups(m))) == n([o.parameters() for o in m]) == [2, 2, 2]
     assert n(m[0].weight) == [1] and n([[m[0].weight], []]) == [1, 0]
 
 @each_impl
@@ -184,7 +191,7 @@ def test_force_train(impl):
 @each_impl
 @pytest.mark.parametrize('decouple_wd', [True, False])
 def test_do_wd(impl, decouple_wd):
-    "Without it there is no decay, decoupled or L2, also when it changes on the way; L2 stands in the gradient, as in fastai"
+    "Where it is False nothing decays, decoupled or L2, also when it changes; L2 stands in the gradient, as in fastai"
     p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
     opt = with_impl(NAdam, [p, q], impl, lr=0.1, wd=0.5, decouple_wd=decouple_wd)
     opt.state[p]['do_wd'] = False
@@ -205,7 +212,8 @@ def test_learner_sets_do_wd_and_force_train():
     dls = synth_dbunch()
     learn = Learner(dls, m, loss_func=MSELossFlat(), opt_func=NAdam, splitter=groups)
     learn.freeze()
-    assert [opt_p.get('do_wd', True) for opt_p in map(learn.opt.state.get, m.parameters())] == [True, False, False, False, True, False]
+    do_wd = [learn.opt.state[p].get('do_wd', True) for p in m.parameters()]
+    assert do_wd == [True, False, False, False, True, False]
     assert [p.requires_grad for p in m.parameters()] == [False, False, True, True, True, True]
 
 # saving and loading
@@ -245,7 +253,8 @@ def test_loading_copies():
 
 @pytest.mark.parametrize('wrap', [lambda o: o, Lookahead])
 def test_state_dict_is_plain_after_one_cycle(wrap):
-    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=lambda ps, lr: wrap(NAdam(ps, lr=lr)), lr=0.01)
+    learn = Learner(synth_dbunch(), RegModel(), loss_func=MSELossFlat(), opt_func=lambda ps, lr: wrap(NAdam(ps, lr=lr)),
+        lr=0.01)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1)
     def check(o):
         assert type(o) in (dict, list, float, int, bool, torch.Tensor), type(o)
@@ -288,7 +297,8 @@ def test_a_step_beyond_counting_loads_at_once(opt_func):
     p = nn.Parameter(torch.randn(2))
     for psi in ((4e-3, 0., 1e-9, 0.02, 3., None) if opt_func is DozatNAdam else (None,)):
         opt = opt_func([p], 0.1, **(dict(mom_decay=psi) if opt_func is DozatNAdam else {}))
-        opt.load_state_dict(dict(hypers=[dict(mom=1-1e-12)], state=[dict(grad_avg=torch.ones(2), sqr_avg=torch.ones(2), step=10**15)]))
+        opt.load_state_dict(dict(hypers=[dict(mom=1-1e-12)],
+            state=[dict(grad_avg=torch.ones(2), sqr_avg=torch.ones(2), step=10**15)]))
         assert opt.state[p]['mom_prod' if opt_func is NAdam else 'mu_prod'] == 0
 
 def test_from_one_rule_to_the_other():
@@ -297,7 +307,8 @@ def test_from_one_rule_to_the_other():
     train(m, a)
     b.load_state_dict(a.state_dict())
     s = b.state[m[0].weight]
-    assert 'mom_prod' not in s and s['mu_prod'] == pytest.approx(np.prod([0.9*(1 - 0.5*0.96**(t*0.004)) for t in range(1, 4)]))
+    mus = [0.9*(1 - 0.5*0.96**(t*0.004)) for t in range(1, 4)]
+    assert 'mom_prod' not in s and s['mu_prod'] == pytest.approx(np.prod(mus))
 
 def test_loading_casts_to_the_parameters():
     m = model()
@@ -326,13 +337,19 @@ def test_refused_checkpoints(impl, opt_func):
     opt = with_impl(opt_func, groups(m), impl, lr=0.1)
     train(m, opt)
     sd, before = opt.state_dict(), snapshot(opt)
-    cases = [({}, 'hypers'), ([], 'list'), (dict(sd, state=sd['state'][:-1]), '5 parameters.*6'), (dict(sd, hypers=sd['hypers'][:2]), '2 parameter groups.*3'),
-        (dict(sd, state={0: 1}), 'state'), (broken(sd, 2, grad_avg=torch.zeros(9)), r'parameter 2.*\(6,\).*grad_avg.*\(9,\)'),
-        (broken(sd, 5, sqr_avg=None), 'parameter 5.*sqr_avg'), (broken(sd, 5, step=None), 'parameter 5.*step'), (broken(sd, 1, step=-1), 'step.*-1'),
-        (broken(sd, 1, step=2.5), 'step.*2.5'), (broken(sd, 1, step='x'), 'step.*x'), (broken(sd, 1, step=float('inf')), 'step.*inf'), (broken(sd, 1, step=torch.ones(2)), 'step'),
-        (broken(sd, 1, sqr_mom_prod='y'), 'sqr_mom_prod.*y'), (broken(sd, 1, step=10**400), 'step'), (broken(sd, 0, grad_avg=torch.zeros(6, 4).int()), 'parameter 0.*int32'),
+    cases = [({}, 'hypers'), ([], 'list'), (dict(sd, state=sd['state'][:-1]), '5 parameters.*6'),
+        (dict(sd, hypers=sd['hypers'][:2]), '2 parameter groups.*3'),
+        (dict(sd, state={0: 1}), 'state'),
+        (broken(sd, 2, grad_avg=torch.zeros(9)), r'parameter 2.*\(6,\).*grad_avg.*\(9,\)'),
+        (broken(sd, 5, sqr_avg=None), 'parameter 5.*sqr_avg'), (broken(sd, 5, step=None), 'parameter 5.*step'),
+        (broken(sd, 1, step=-1), 'step.*-1'),
+        (broken(sd, 1, step=2.5), 'step.*2.5'), (broken(sd, 1, step='x'), 'step.*x'),
+        (broken(sd, 1, step=float('inf')), 'step.*inf'), (broken(sd, 1, step=torch.ones(2)), 'step'),
+        (broken(sd, 1, sqr_mom_prod='y'), 'sqr_mom_prod.*y'), (broken(sd, 1, step=10**400), 'step'),
+        (broken(sd, 0, grad_avg=torch.zeros(6, 4).int()), 'parameter 0.*int32'),
         (broken(sd, 0, sqr_avg=3.), 'parameter 0.*sqr_avg'), (broken(sd, 0, sqr_mom_prod=7.), 'sqr_mom_prod.*7.0'),
-        (dict(sd, hypers=[dict(h, mom=1.) for h in sd['hypers']]), 'mom.*1.0'), (torch.optim.NAdam(m.parameters()).state_dict(), 'param_groups')]
+        (dict(sd, hypers=[dict(h, mom=1.) for h in sd['hypers']]), 'mom.*1.0'),
+        (torch.optim.NAdam(m.parameters()).state_dict(), 'param_groups')]
     for bad,says in cases:
         with pytest.raises(ValueError, match=says): opt.load_state_dict(bad)
         assert same(before, snapshot(opt))
@@ -341,4 +358,5 @@ def test_loading_sgd_says_what_is_missing():
     m = model()
     sgd = SGD(m.parameters(), 0.1, mom=0.9)
     train(m, sgd)
-    with pytest.raises(ValueError, match=r"missing \['sqr_avg', 'step'\]"): NAdam(m.parameters(), 0.1).load_state_dict(sgd.state_dict())
+    with pytest.raises(ValueError, match=r"missing \['sqr_avg', 'step'\]"):
+        NAdam(m.parameters(), 0.1).load_state_dict(sgd.state_dict())

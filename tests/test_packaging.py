@@ -1,4 +1,4 @@
-"The package, the notebooks it is exported from, the README and the site agree with one another, and what is built installs"
+"The package, the notebooks it is exported from, the README and the site agree, and what is built installs"
 import ast, email, importlib, json, os, re, runpy, shutil, subprocess, sys, sysconfig, tarfile, venv, zipfile
 from configparser import ConfigParser
 from importlib.metadata import distribution
@@ -81,7 +81,8 @@ def test_a_module_imports_only_from_rows_above_it():
 def test_no_private_name_is_imported_from_another_room():
     for f in (root/'fastai_nadam').glob('*.py'):
         for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
-            if not isinstance(node, ast.ImportFrom) or not (node.level or node.module.startswith('fastai_nadam')): continue
+            if not isinstance(node, ast.ImportFrom) or not (node.level or node.module.startswith('fastai_nadam')):
+                continue
             private = {o.name for o in node.names if o.name.startswith('_')} - {'__version__', '_kernel'}
             assert not private, f'{f.name} imports {private}'
 
@@ -94,6 +95,11 @@ def test_all_is_what_the_rooms_make_public():
     assert set(public) == {n for n in names if n != '__builtins__'}
     assert sum(len(mod.__all__) for mod in rooms) == len(public), 'one name in two rooms'
     assert len(public) <= 40, f'{len(public)} public names: {public}'
+
+@pytest.mark.parametrize('room', exports())
+def test_no_room_is_above_330_lines(room):
+    n = len((root/f'fastai_nadam/{room}.py').read_text(encoding='utf-8').splitlines())
+    assert n <= 330, f'{n} lines: another room, or less in this one'
 
 @pytest.mark.parametrize('nb', nbs, ids=lambda f: f.name)
 def test_cells_fit_the_screen(nb):
@@ -113,13 +119,15 @@ else: assert '\\n'.join(m['draw_modules']()) in text, 'run python nbs/_structure
 def test_import_of_the_package_leaves_the_training_rooms_out():
     code = "import sys, fastai_nadam; assert fastai_nadam.NAdam and fastai_nadam.DozatNAdam; print(*sys.modules)"
     loaded = python(code, cwd=root).split()
-    assert not [m for m in loaded if m.startswith(('fastai.vision', 'fastai.learner', 'fastai.data', 'fastai_nadam.data', 'fastai_nadam.train'))]
+    assert not [m for m in loaded if m.startswith(('fastai.vision', 'fastai.learner', 'fastai.data',
+        'fastai_nadam.data', 'fastai_nadam.train'))]
 
 def test_all_has_what_users_name():
     names, theirs = {}, {}
     exec('from fastai_nadam.all import *', names)
     exec('from fastai.vision.all import *', theirs)
-    where = {'NAdam': 'optimizer', 'DozatNAdam': 'optimizer', 'nadam_step': 'steppers', 'get_dls': 'data', 'train': 'train'}
+    where = {'NAdam': 'optimizer', 'DozatNAdam': 'optimizer', 'nadam_step': 'steppers', 'get_dls': 'data',
+        'train': 'train'}
     assert {n: names[n].__module__ for n in where} == {n: f'fastai_nadam.{m}' for n,m in where.items()}
     hidden = [n for n in names if n in theirs and names[n] is not theirs[n] and n != '__builtins__']
     assert not hidden, 'names of fastai that a user of both would no longer have'
@@ -164,7 +172,8 @@ def test_readme_is_made_from_the_index():
 
 @needs_nbdev
 def test_readme_shows_what_the_index_shows(tmp_path):
-    def code(source, *outputs): return dict(cell_type='code', source=source, outputs=list(outputs), metadata={}, execution_count=None, id='0')
+    def code(source, *outputs):
+        return dict(cell_type='code', source=source, outputs=list(outputs), metadata={}, execution_count=None, id='0')
     def md(source): return dict(cell_type='markdown', source=source, metadata={}, id='0')
     png = dict(output_type='display_data', metadata={}, data={'image/png': 'AAEC', 'text/plain': '<Figure>'})
     number = dict(output_type='execute_result', metadata={}, execution_count=None, data={'text/plain': '42'})
@@ -172,7 +181,8 @@ def test_readme_shows_what_the_index_shows(tmp_path):
     nb = tmp_path/'index.ipynb'
     nb.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[
         md('# title'), md('[a](00_a.ipynb#b) [b](../LICENSE) [c](https://c.d/e) [f](#g) `[h](i)`'),
-        code('#| hide\nsecret'), code('40+2', number), code('#| echo: false\n#| fig-cap: A curve\nplot()', warning, png)])))
+        code('#| hide\nsecret'), code('40+2', number),
+        code('#| echo: false\n#| fig-cap: A curve\nplot()', warning, png)])))
     module = runpy.run_path(str(root/'nbs/_readme.py'))
     (readme,text), (pic,data) = module['readme'](nb).items()
     text = text.decode()
@@ -210,16 +220,19 @@ def test_readme_and_site_have_one_order():
 @needs_nbdev
 def test_site_has_every_notebook(project):
     "All that `nbdev-docs` does before it calls Quarto"
-    python('from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; refresh_quarto_yml(); nbdev_sidebar()', cwd=project)
+    python('from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; refresh_quarto_yml(); nbdev_sidebar()',
+        cwd=project)
     made = {f: (project/'nbs'/f).read_text(encoding='utf-8') for f in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml')}
-    for f in ('_quarto.yml', 'nbdev.yml'): assert made[f] == (root/'nbs'/f).read_text(encoding='utf-8'), f'nbdev would rewrite {f}'
+    for f in ('_quarto.yml', 'nbdev.yml'):
+        assert made[f] == (root/'nbs'/f).read_text(encoding='utf-8'), f'nbdev would rewrite {f}'
     pages = sidebar()
     assert pages[0] == 'index.ipynb' and sorted(pages) == [nb.name for nb in nbs]
     for f in yaml.safe_load(made['_quarto.yml'])['metadata-files']: assert f in made
     python('from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)', cwd=project)
     for nb in nbs:
         page = json.loads((project/'_proc'/nb.name).read_text(encoding='utf-8'))
-        assert ''.join(page['cells'][0]['source']).startswith('---\n'), f'{nb.name} should begin with "# title" and "> description"'
+        top = ''.join(page['cells'][0]['source'])
+        assert top.startswith('---\n'), f'{nb.name} should begin with "# title" and "> description"'
     shown = json.dumps(json.loads((project/'_proc/03_optimizer.ipynb').read_text(encoding='utf-8')))
     assert 'Gradient moving average coefficient' in shown
 
@@ -227,7 +240,8 @@ def test_site_has_every_notebook(project):
 
 # Without a GIL, Python has no stable ABI to build the kernel for
 compiler = (os.environ.get('CC') or sysconfig.get_config_var('CC') or 'cl').split()[0]
-has_compiler = bool(shutil.which(compiler) and subprocess.run([compiler, '--version'], capture_output=True).returncode == 0
+has_compiler = bool(shutil.which(compiler)
+    and subprocess.run([compiler, '--version'], capture_output=True).returncode == 0
     and Path(sysconfig.get_path('include'), 'Python.h').exists() and not sysconfig.get_config_var('Py_GIL_DISABLED'))
 
 @pytest.fixture(scope='session')
@@ -248,14 +262,17 @@ def test_wheel_has_the_facts_of_settings_ini(dist):
     pkg = settings['package']
     expected = {Requirement(o) for o in pkg['requirements'].split('\n') if o}
     assert {o.name for o in expected} == {'fastai', 'torch', 'fastcore'}
-    for extra,reqs in settings['extras'].items(): expected |= {Requirement(f'{o}; extra == "{extra}"') for o in reqs.split('\n') if o}
+    for extra,reqs in settings['extras'].items():
+        expected |= {Requirement(f'{o}; extra == "{extra}"') for o in reqs.split('\n') if o}
     assert {Requirement(o) for o in meta.get_all('Requires-Dist')} == expected
     assert set(meta.get_all('Provides-Extra')) == set(settings['extras'])
     built = [o for o in files if o.startswith('_kernel.')]
     assert len(built) == has_compiler, built
     tag = 'cp310-abi3' if built else 'py3-none-any'
-    assert meta['Version'] == version and wheel.name.startswith(f'fastai_nadam-{version}-{tag}') and sdist.name == f'fastai_nadam-{version}.tar.gz'
-    assert meta['Requires-Python'] == f">={pkg['min_python']}" and meta['License-Expression'] == pkg['license'] and meta['Author'] == pkg['author']
+    assert wheel.name.startswith(f'fastai_nadam-{version}-{tag}') and sdist.name == f'fastai_nadam-{version}.tar.gz'
+    facts = {'Version': version, 'Requires-Python': f">={pkg['min_python']}", 'License-Expression': pkg['license'],
+        'Author': pkg['author']}
+    assert {k: meta[k] for k in facts} == facts
     assert meta['Keywords'].split(',') == pkg['keywords'].split(', ')
     assert meta.get_all('Classifier') == pkg['classifiers'].strip().split('\n')
     assert meta.get_payload().strip() == (root/'README.md').read_text(encoding='utf-8').strip()
@@ -266,24 +283,30 @@ def test_wheel_has_the_facts_of_settings_ini(dist):
 def test_wheel_runs_in_an_empty_environment(dist, tmp_path):
     "Empty but for what the requirements bring, which is borrowed from the environment of the tests"
     env = tmp_path/'env'
-    venv.create(env, with_pip=True)
+    venv.create(env)
     bin = env/('Scripts' if os.name == 'nt' else 'bin')
-    run(bin/'python', '-m', 'pip', 'install', '--no-deps', '--no-index', next(dist.glob('*.whl')))
+    run(sys.executable, '-m', 'pip', '--python', bin/'python', 'install', '--no-deps', '--no-index',
+        next(dist.glob('*.whl')))
     site = Path(run(bin/'python', '-c', "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     (site/'borrowed.pth').write_text('\n'.join({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}))
-    alone = dict(cwd=tmp_path, env={k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'FASTAI_NADAM_KERNEL')})
-    where, built = run(bin/'python', '-c', 'import fastai_nadam.all as f, fastai_nadam.multi_tensor as m; print(f.__file__, bool(m._kernel))', **alone).split()
+    alone = dict(cwd=tmp_path, env={k: v for k,v in os.environ.items()
+        if k not in ('PYTHONPATH', 'FASTAI_NADAM_KERNEL')})
+    code = 'import fastai_nadam.all as f, fastai_nadam.multi_tensor as m; print(f.__file__, bool(m._kernel))'
+    where, built = run(bin/'python', '-c', code, **alone).split()
     assert Path(where) == site/'fastai_nadam/all.py' and built == str(has_compiler)
     for name in settings['console_scripts']: assert f'usage: {name}' in run(bin/name, '--help', **alone)
 
 @pytest.mark.skipif(os.name == 'nt', reason='has no CC')
 def test_installs_without_a_compiler(project, tmp_path):
-    p = subprocess.run([sys.executable, '-m', 'pip', 'install', '-v', '--no-deps', '--no-build-isolation', '--target', tmp_path/'site', project],
+    pip = [sys.executable, '-m', 'pip', 'install', '-v', '--no-deps', '--no-build-isolation']
+    p = subprocess.run([*pip, '--target', tmp_path/'site', project],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, 'CC': '/bin/false'})
-    assert p.returncode == 0 and 'Traceback' not in p.stdout and 'building extension "fastai_nadam._kernel" failed' in p.stdout, p.stdout
+    assert p.returncode == 0 and 'Traceback' not in p.stdout, p.stdout
+    assert 'building extension "fastai_nadam._kernel" failed' in p.stdout, p.stdout
     # An editable install of this project would lend its kernel
-    code = "import sys; sys.meta_path = [o for o in sys.meta_path if 'Editable' not in getattr(o, '__name__', '')]; "
-    code += "import torch; from fastai_nadam import NAdam; p = torch.ones(3); p.grad = p.clone(); o = NAdam([p], 0.1); o.step(); print(o.impl, (p != 1).all().item())"
+    code = """import sys; sys.meta_path = [o for o in sys.meta_path if 'Editable' not in getattr(o, '__name__', '')]
+import torch; from fastai_nadam import NAdam
+p = torch.ones(3); p.grad = p.clone(); o = NAdam([p], 0.1); o.step(); print(o.impl, (p != 1).all().item())"""
     impl = run(sys.executable, '-c', code, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path/'site')})
     assert impl.split() in (['fused', 'True'], ['foreach', 'True'])
 
@@ -296,7 +319,7 @@ def test_readme_opens_with_the_two_commands():
     text = (root/'README.md').read_text(encoding='utf-8')
     assert text.index(tests) < text.index('\n## ')
     assert train.endswith(' && .venv/bin/nadam-train') and 'nadam-train' in settings['console_scripts']
-    assert tests.endswith("'.[dev]' && .venv/bin/pytest") and 'dev' in settings['extras']
+    assert tests.endswith("'.[dev]' && .venv/bin/pytest -n 2") and 'dev' in settings['extras']
 
 @pytest.mark.skipif(os.name == 'nt', reason='a bash script')
 @pytest.mark.parametrize('status', [0, 1])
@@ -315,8 +338,10 @@ def test_ci_runs_the_command_of_the_readme(tmp_path, status):
     script(tmp_path/'bin/python3', f'echo python3 "$@"; mkdir -p .venv/bin && cp {tmp_path}/stub/* .venv/bin')
     (here/'.venv').mkdir()
     (here/'.venv/stale').touch()
-    p = subprocess.run(['bash', '.ci/run'], cwd=here, capture_output=True, text=True, env={**os.environ, 'PATH': f"{tmp_path/'bin'}:{os.environ['PATH']}"})
-    assert p.stdout.splitlines() == [commands()[1], 'python3 -m venv .venv', 'pip install -e .[dev]', 'pytest'] and p.returncode == status, p.stderr
+    p = subprocess.run(['bash', '.ci/run'], cwd=here, capture_output=True, text=True,
+        env={**os.environ, 'PATH': f"{tmp_path/'bin'}:{os.environ['PATH']}"})
+    assert p.stdout.splitlines() == [commands()[1], 'python3 -m venv .venv', 'pip install -e .[dev]', 'pytest -n 2']
+    assert p.returncode == status, p.stderr
     assert not (here/'.venv/stale').exists()
 
 def test_workflows_are_well_formed():

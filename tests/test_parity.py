@@ -14,7 +14,8 @@ shapes = [(4, 3), (7,), (), (1,), (2, 3, 1, 5), (0, 2), (300, 11)]
 
 def params(dtype=torch.float32): return [nn.Parameter(torch.randn(s, dtype=dtype)) for s in shapes]
 
-def grads_for(ps, n=50): return [[torch.randn_like(p) * 10**torch.empty(()).uniform_(-3, 1) for p in ps] for _ in range(n)]
+def grads_for(ps, n=50):
+    return [[torch.randn_like(p) * 10**torch.empty(()).uniform_(-3, 1) for p in ps] for _ in range(n)]
 
 article = [dict(p=[-0.9099998100, 0.0800001900, 1.0700001900], grad_avg=0.01, sqr_avg=0.0001),
     dict(p=[-2.3272154587, -1.3471154587, -0.3670154587], grad_avg=0.019, sqr_avg=0.000199)]
@@ -23,7 +24,8 @@ def check_article(opt, p):
     for want in article:
         opt.step()
         torch.testing.assert_close(p.detach(), torch.tensor(want['p']), rtol=0, atol=1e-6)
-        for k in ('grad_avg', 'sqr_avg'): torch.testing.assert_close(opt.state[p][k], torch.full((3,), want[k]), rtol=1e-6, atol=1e-9)
+        for k in ('grad_avg', 'sqr_avg'):
+            torch.testing.assert_close(opt.state[p][k], torch.full((3,), want[k]), rtol=1e-6, atol=1e-9)
 
 def example():
     p = torch.tensor([1., 2., 3.])
@@ -131,7 +133,7 @@ def test_any_schedule(impl, rule, decouple_wd, dtype, tol):
 
 @each_impl
 def test_debiased_averages_of_a_constant_gradient_are_the_gradient(impl):
-    "m/(1−P) and v/(1−V) from the state, at random momenta; m/(1−mom**step) is checked to be wrong, so that this can fail"
+    "m/(1−P) and v/(1−V) from the state, at random momenta; m/(1−mom**step) is wrong, so that this can fail"
     p = nn.Parameter(torch.randn(5, dtype=torch.float64))
     g = torch.randn(5, dtype=torch.float64)
     opt, power = with_impl(NAdam, [p], impl, lr=0.1), []
@@ -152,7 +154,8 @@ def test_steppers_in_a_plain_optimizer_follow_schedules_too():
         grads = [[torch.randn(4, dtype=torch.float64)] for _ in range(20)]
         hypers = [(0.1, *(torch.rand(2)*0.98).tolist()) for _ in range(20)]
         want = reference(p.detach(), [g for g, in grads], hypers, rule, 0.1)
-        opt = Optimizer([p], [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, step], lr=1., wd=0.1, **kw)
+        opt = Optimizer([p], [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, step],
+            lr=1., wd=0.1, **kw)
         train(opt, [p], grads, lambda opt,i: opt.set_hypers(**dict(zip(('lr', 'mom', 'sqr_mom'), hypers[i]))))
         assert_close([p], [want], 1e-10)
 

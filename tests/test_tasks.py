@@ -15,10 +15,8 @@ def test_tasks_train(task):
     last = compare_opts(f, ['NAdam'], [lrs[1]], epochs, [0], metric='accuracy').results.iloc[-1]
     assert min(last.metric, last.test_metric) > dict(digits=0.8, tabular=0.9, text=0.2)[task]
     learn = f(NAdam)
-    train, valid, test = ({str(o) for x,_ in dl for o in x.tolist()} if task != 'tabular' else {str(o) for o in dl.conts.values.tolist()} for dl in (dl.new(shuffle=False) for dl in learn.dls.loaders))
+    train, valid, test = ({str(o) for x,_ in dl.new(shuffle=False, drop_last=False) for o in x.tolist()} for dl in learn.dls.loaders)
     assert train and valid and test and (task == 'text' or not (train & valid or train & test or valid & test))
-    numel = [sum(p.numel() for p in find_task(task, width=w)[0](NAdam).model.parameters()) for w in (1, 2)]
-    assert numel[1] > 1.5*numel[0] and find_task(task, width=2)[1] == f'{task}, width 2'
 
 def test_a_folder_of_images(tmp_path):
     for f in digits_path().glob('*/[38]/*[05].png'):
@@ -29,6 +27,9 @@ def test_a_folder_of_images(tmp_path):
     assert main([*args, '--out', str(tmp_path/'out')]) == 0
     c = Comparison.load(tmp_path/'out')
     assert c.settings['task'] == f"{tmp_path/'images'}, size 8, bs 16" and len(c.results) == 4
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch): monkeypatch.setattr(sys, 'path', [*sys.path])
 
 def test_a_function_of_a_file(tmp_path):
     (tmp_path/'helper_of_mine.py').write_text('lrs = 1, 2')
@@ -43,4 +44,5 @@ def test_a_file_that_does_not_do(task, msg, tmp_path):
     (tmp_path/'json.py').write_text('def f(opt_func): pass')
     (tmp_path/'bad.py').write_text('1/0')
     for o in ('good.py', 'fine.py'): (tmp_path/o).write_text('n = 1')
+    for o in ('good', 'fine'): sys.modules.pop(o, None) # those of another tmp_path
     with pytest.raises(ValueError, match=msg): find_task(f'{tmp_path}/{task}')

@@ -9,7 +9,8 @@ from fastai_nadam import train as room
 from fastai_nadam.checkpoint import read_args
 from fastai_nadam.data import list_images
 from fastai_nadam.train import archs, check_model, main, new_config, new_learner, opt_funcs, train
-from runs import argv, folder, here, history, names, refused, same, tiny, weights
+from helpers import same
+from runs import argv, folder, here, history, names, refused, tiny, weights
 
 # What comes out
 
@@ -17,7 +18,8 @@ from runs import argv, folder, here, history, names, refused, same, tiny, weight
 def run(tiny, tmp_path_factory):
     "One run, with what it printed"
     path = tmp_path_factory.mktemp('run')
-    p = subprocess.run([sys.executable, '-m', 'fastai_nadam.train', *argv(**tiny, seed=7, out=path/'out')], cwd=path, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'fastai_nadam.train', *argv(**tiny, seed=7, out=path/'out')], cwd=path,
+        capture_output=True, text=True)
     return SimpleNamespace(path=path/'out', out=p.stdout, err=p.stderr, code=p.returncode)
 
 def test_plain_lines_in_a_pipe(run, tiny):
@@ -33,7 +35,8 @@ def test_plain_lines_in_a_pipe(run, tiny):
     for line,row in zip(lines[5:7], hist.itertuples(index=False), strict=True):
         assert line.split() == [str(row.epoch), *(f'{v:.6f}' for v in row[1:-1]), row.time]
     last = hist.iloc[-1]
-    assert re.fullmatch(rf'accuracy {last.accuracy:.4f}, valid_loss {last.valid_loss:.4f}, train_loss {last.train_loss:.4f} in \d+ s; see .*out', lines[-1])
+    scores = ', '.join(f'{k} {last[k]:.4f}' for k in ('accuracy', 'valid_loss', 'train_loss'))
+    assert re.fullmatch(rf'{scores} in \d+ s; see .*out', lines[-1])
 
 def test_files(run, tmp_path):
     assert names(run.path) == ['args.json', 'history.csv', 'history.png', 'model.pth']
@@ -105,9 +108,10 @@ def test_hypers_reach_every_optimizer(opt, tiny, tmp_path, monkeypatch):
     sd = torch.load('out/model.pth', weights_only=True)['opt']
     assert sd['hypers'][0]['wd'] == 0.3 and sd['state'][0]['step'] == 4
 
-@pytest.mark.parametrize('moms,want', [(None, (.95, .85, .95)), ('.8, .6,.7', (.8, .6, .7)), ((.5, .4, .3), (.5, .4, .3)), (.9, (.9,)*3)])
+@pytest.mark.parametrize('moms,want', [(None, (.95, .85, .95)), ('.8, .6,.7', (.8, .6, .7)),
+    ((.5, .4, .3), (.5, .4, .3)), (.9, (.9,)*3)])
 def test_momentum_follows_the_cycle(moms, want, tiny):
-    learn = train(**{**tiny, 'epochs': 10, 'bs': 2}, moms=moms)
+    learn = train(**{**tiny, 'bs': 2}, moms=moms)
     seen = learn.recorder.hps['mom']
     assert (seen[0], min(seen), seen[-1]) == pytest.approx((want[0], min(want), want[2]), abs=0.01)
     assert json.loads((learn.path/'args.json').read_text())['args']['moms'] == (None if moms is None else list(want))
@@ -134,9 +138,11 @@ def test_from_python(tiny, tmp_path):
     assert isinstance(learn, Learner) and learn.path == Path('here') and (learn.path/'model.pth').exists()
 
 def test_article():
-    want = dict(data='imagenette', arch='xresnet34', opt='NAdam', epochs=10, lr=1e-3, bs=64, size=224, eps=1e-8, wd=0.01, moms=None)
+    want = dict(data='imagenette', arch='xresnet34', opt='NAdam', epochs=10, lr=1e-3, bs=64, size=224, eps=1e-8,
+        wd=0.01, moms=None)
     assert new_config(article=True) | want == new_config(article=True)
-    assert new_config(article=True, epochs=5, eps=1e-6) | want | dict(epochs=5, eps=1e-6) == new_config(article=True, epochs=5, eps=1e-6)
+    want |= dict(epochs=5, eps=1e-6)
+    assert new_config(article=True, epochs=5, eps=1e-6) | want == new_config(article=True, epochs=5, eps=1e-6)
 
 # What is refused
 
@@ -152,12 +158,16 @@ def test_article():
     ('--size 2.5', "argument --size: invalid int value: '2.5'"),
     ('--bs 0', 'bs must be a whole number from 1, got 0'),
     ('--bs 1', 'batches of 1 images'),
-    ('--data {folder} --arch squeezenet1_1 --size 24 --num_workers 0', 'bs must be at most the number of training images, 16, got 64'),
+    ('--data {folder} --arch squeezenet1_1 --size 24 --num_workers 0',
+        'bs must be at most the number of training images, 16, got 64'),
     ('--epochs 0', 'epochs must be'), ('--epochs -1', 'epochs must be'), ('--seed -1', 'seed must be'),
     ('--seed 18446744073709551616', 'seed must be'), ('--num_workers -1', 'num_workers must be'),
     ('--lr -0.1', 'lr must be a finite number'), ('--lr nan', 'lr must be a finite number'), ('--lr inf', 'lr must be'),
-    ('--wd -1', 'wd must be'), ('--eps -1', 'eps must be'), ('--moms 1', "moms must be numbers in [0, 1), got '1'"), ('--moms .9,.8', 'moms must be three numbers, or one'), ('--moms fast', "moms must be numbers in [0, 1), got 'fast'"),
-    ('--mom .9', 'unrecognized arguments: --mom .9; did you mean --moms?'), ('--sqr_mom 1.5', 'sqr_mom must be in [0, 1)'),
+    ('--wd -1', 'wd must be'), ('--eps -1', 'eps must be'), ('--moms 1', "moms must be numbers in [0, 1), got '1'"),
+    ('--moms .9,.8', 'moms must be three numbers, or one'),
+    ('--moms fast', "moms must be numbers in [0, 1), got 'fast'"),
+    ('--mom .9', 'unrecognized arguments: --mom .9; did you mean --moms?'),
+    ('--sqr_mom 1.5', 'sqr_mom must be in [0, 1)'),
     ('--find_lr --lr 1', 'give lr or find_lr, not both'),
     ('--article --args a.json', 'give args or article, not both'),
     ('--args a.json', "args: no such file: 'a.json'"),
@@ -178,9 +188,12 @@ def test_refused(args, message, folder, tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_fp16_without_gpu(capsys): assert 'fp16 needs a CUDA GPU' in refused(capsys, ['--fp16'])
 
-@pytest.mark.parametrize('text,message', [('{"args": 3}', 'no args.json'), ('{"args": {}}', 'no args.json'), ('[]', 'no args.json'), ('{', 'no args.json'),
-    ('{"args": {"depth": 3}, "versions": {}}', 'no such option: depth'), ('{"args": {"bs": "many"}, "versions": {}}', "bs must be a whole number from 1, got 'many'"),
-    ('{"args": {"opt": ["NAdam"]}, "versions": {}}', 'opt must be a name'), ('{"args": {"data": 3}, "versions": {}}', 'data must be')])
+@pytest.mark.parametrize('text,message', [('{"args": 3}', 'no args.json'), ('{"args": {}}', 'no args.json'),
+    ('[]', 'no args.json'), ('{', 'no args.json'),
+    ('{"args": {"depth": 3}, "versions": {}}', 'no such option: depth'),
+    ('{"args": {"bs": "many"}, "versions": {}}', "bs must be a whole number from 1, got 'many'"),
+    ('{"args": {"opt": ["NAdam"]}, "versions": {}}', 'opt must be a name'),
+    ('{"args": {"data": 3}, "versions": {}}', 'data must be')])
 def test_args_refused(text, message, tmp_path, capsys):
     (tmp_path/'args.json').write_text(text)
     assert message in refused(capsys, ['--args', 'args.json'])
@@ -199,9 +212,9 @@ def test_no_network(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv('FASTAI_HOME', str(tmp_path/'home'))
     monkeypatch.setattr(URLs, 'IMAGENETTE_320', 'http://127.0.0.1:9/imagenette2-320.tgz')
     fastai_cfg.cache_clear()
-    try: assert 'cannot download imagenette from http://127.0.0.1:9/' in refused(capsys, ['--article', '--num_workers', '0'])
+    try: err = refused(capsys, ['--article', '--num_workers', '0'])
     finally: fastai_cfg.cache_clear()
-    assert not (tmp_path/'runs').exists()
+    assert 'cannot download imagenette from http://127.0.0.1:9/' in err and not (tmp_path/'runs').exists()
 
 @pytest.fixture
 def two_processes(monkeypatch):
@@ -221,13 +234,15 @@ def test_several_processes_need_accelerate(two_processes, capsys, monkeypatch):
 
 @pytest.mark.parametrize('opt', ['NAdam', 'Adam'])
 def test_find_lr_where_the_loss_is_not_a_number(opt, tiny, tmp_path, capsys):
-    assert 'find_lr: the loss was nan after 2 batches, too early' in refused(capsys, argv('--find_lr', **tiny, eps=1e-300, opt=opt))
-    assert not (tmp_path/'runs').exists()
+    err = refused(capsys, argv('--find_lr', **tiny, eps=1e-300, opt=opt))
+    assert 'find_lr: the loss was nan after 2 batches, too early' in err and not (tmp_path/'runs').exists()
 
-def test_find_lr_in_several_processes(two_processes, capsys): assert 'find_lr works in one process only' in refused(capsys, ['--find_lr'])
+def test_find_lr_in_several_processes(two_processes, capsys):
+    assert 'find_lr works in one process only' in refused(capsys, ['--find_lr'])
 
 def test_every_arch_is_known():
-    for arch in ('xresnet18', 'xresnet50_deeper', 'xse_resnext34', 'resnet18', 'regnet_y_400mf', 'vit_b_16', 'efficientnet_b0'): check_model(arch, 224, 2)
+    for arch in ('xresnet18', 'xresnet50_deeper', 'xse_resnext34', 'resnet18', 'regnet_y_400mf', 'vit_b_16',
+        'efficientnet_b0'): check_model(arch, 224, 2)
     assert not {'noop', 'flatten', 'list_models', 'get_model'} & set(archs) and len(set(archs)) == len(archs) > 100
 
 def test_help_has_every_option_and_default(capsys):
@@ -241,9 +256,9 @@ def test_help_has_every_option_and_default(capsys):
 
 # The main job
 
-def test_main_job(tmp_path):
+def test_main_job(tmp_path, all_cores):
     p = subprocess.run([sys.executable, '-m', 'fastai_nadam.train'], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': str(os.cpu_count())})
+        env=all_cores)
     assert p.returncode == 0, p.stderr
     out = tmp_path/'runs'/'digits-NAdam'
     assert names(out) == ['args.json', 'history.csv', 'history.png', 'model.pth']

@@ -32,7 +32,8 @@ def more_gradient(p): p.grad.data = torch.zeros(4, 3)
 def expanded(p): p.data = p.data[:1].expand(2, 3)
 
 @each_impl
-@pytest.mark.parametrize('harm', [view_of_more, view_of_less, reshaped, less_gradient, more_gradient, expanded], ids=lambda o: o.__name__)
+@pytest.mark.parametrize('harm', [view_of_more, view_of_less, reshaped, less_gradient, more_gradient, expanded],
+    ids=lambda o: o.__name__)
 def test_another_shape_at_the_same_address(impl, harm):
     "Address and strides are as before, so only the shape tells"
     p = nn.Parameter(torch.zeros(40000, 3)[:2])
@@ -73,7 +74,8 @@ def other_dtype(v): return v.double()
 
 @each_impl
 @pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam])
-@pytest.mark.parametrize('move', [offloaded, other_dtype, layouts['transposed'], layouts['gaps']], ids=['offloaded', 'other_dtype', 'transposed', 'gaps'])
+@pytest.mark.parametrize('move', [offloaded, other_dtype, layouts['transposed'], layouts['gaps']],
+    ids=['offloaded', 'other_dtype', 'transposed', 'gaps'])
 def test_averages_that_were_moved(impl, opt_func, move):
     "The way to take an optimizer's state off the GPU and back: `.data` of the same tensors"
     ps = [nn.Parameter(torch.randn(4, 5)) for _ in range(3)]
@@ -104,7 +106,8 @@ def test_averages_follow_the_layout_of_their_parameter(impl):
         for _ in range(3):
             for p,q in zip(m2.parameters(), m.parameters()): p.grad = torch.empty_like(p).copy_(q.grad)
             opt2.step()
-        for p in m2.parameters(): assert opt2.state[p]['grad_avg'].stride() == opt2.state[p]['sqr_avg'].stride() == p.stride()
+        for p in m2.parameters():
+            for k in ('grad_avg', 'sqr_avg'): assert opt2.state[p][k].stride() == p.stride()
         if impl != loop: assert all(b.impl for b in opt2._last[1])
         runs.append(list(m2.parameters()))
     for p,q in zip(*runs): assert torch.equal(p, q)
@@ -145,7 +148,7 @@ def test_state_that_was_cleared_is_freed(impl):
 
 @each_impl
 def test_parameters_may_be_swapped_when_they_are_converted(impl):
-    "torch.__future__.set_swap_module_params_on_conversion fails where anyone holds a weak reference to a parameter or gradient"
+    "set_swap_module_params_on_conversion fails where anyone holds a weak reference to a parameter or gradient"
     m = nn.Linear(3, 2)
     opt = warm(list(m.parameters()), impl)
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -166,7 +169,8 @@ def test_a_state_dict_is_live_in_all_its_parts(impl):
     before = deepcopy(kept)
     opt.step()
     opt.set_hypers(lr=np.float64(0.5))
-    assert sd['state'][0]['step'] == 4 and sd['state'][0]['mom_prod'] == pytest.approx(0.9**4) and sd['hypers'][0]['lr'] == 0.5
+    s = sd['state'][0]
+    assert s['step'] == 4 and s['mom_prod'] == pytest.approx(0.9**4) and sd['hypers'][0]['lr'] == 0.5
     for k in ('grad_avg', 'sqr_avg'): assert torch.equal(sd['state'][0][k], opt.state[ps[0]][k])
     torch.testing.assert_close(kept, before, rtol=0, atol=0)
     opt.load_state_dict(kept)
@@ -211,8 +215,8 @@ def one_average(ps): pass # below
 
 @each_impl
 @pytest.mark.parametrize('decouple_wd', [True, False])
-@pytest.mark.parametrize('share', [one_gradient, overlapping_gradients, gradient_is_the_parameter, another_parameter_is_the_gradient,
-    overlapping_parameters, one_average], ids=lambda o: o.__name__)
+@pytest.mark.parametrize('share', [one_gradient, overlapping_gradients, gradient_is_the_parameter,
+    another_parameter_is_the_gradient, overlapping_parameters, one_average], ids=lambda o: o.__name__)
 def test_shared_memory_is_stepped_in_order(impl, decouple_wd, share):
     "As the steppers do it, one parameter after the other; what shares nothing keeps its implementation"
     start, grads = [[torch.randn(10) for _ in range(4)] for _ in range(2)]
@@ -236,7 +240,8 @@ def test_shared_memory_is_stepped_in_order(impl, decouple_wd, share):
 
 @each_impl
 @pytest.mark.parametrize('decouple_wd', [True, False])
-@pytest.mark.parametrize('pair', ['gradient over its data', 'grad_avg over its gradient', 'grad_avg over its data', 'sqr_avg over its grad_avg'])
+@pytest.mark.parametrize('pair', ['gradient over its data', 'grad_avg over its gradient', 'grad_avg over its data',
+    'sqr_avg over its grad_avg'])
 def test_a_parameter_that_lies_partly_over_its_own_tensors(impl, decouple_wd, pair):
     "PyTorch's operations raise an error then, some of them in the middle of a step"
     ps = [nn.Parameter(torch.randn(10)) for _ in range(3)]
@@ -252,7 +257,7 @@ def test_a_parameter_that_lies_partly_over_its_own_tensors(impl, decouple_wd, pa
 
 @each_impl
 def test_a_gradient_with_the_negative_bit(impl):
-    "`z.conj().imag` has the memory of `z.imag`, and a bit that says: with the other sign. Nothing else in the key tells"
+    "`z.conj().imag` has the memory of `z.imag`, and a bit that says: with the other sign. Nothing else tells"
     z = torch.randn(1, dtype=torch.complex64)
     p, q = (nn.Parameter(torch.zeros(1)) for _ in range(2))
     opt, other = with_impl(NAdam, [p], impl, lr=0.1), with_impl(NAdam, [q], loop, lr=0.1)
