@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from fastai.vision.all import *
 from scipy.stats import qmc
 from .cli import check_int, cli, has_bars, save_fig
-from .optimizer import check_hyper
+from .rules import check_hyper
 from .results import Comparison, Results, find_direction, point_cols
 from .tasks import check_learner, find_task, seed_learner
 from .train import opt_funcs, parse_moms
