@@ -1,5 +1,5 @@
 "Runs of a comparison are fair, survive an interruption, extend, and refuse what cannot be compared"
-import itertools, math, multiprocessing, os, random, signal, sys, time
+import itertools, math, multiprocessing, os, random, re, signal, sys, time
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from fastai_nadam import NAdam
 from fastai_nadam.compare import compare_opts, cycle_moms, main, search_opts, search_points
 from fastai_nadam.results import Comparison
 from fastai_nadam.tasks import tensor_dls
+
+def name(o): return re.sub(" at 0x[0-9a-f]+", "", str(o)) # the same in each process, or pytest -n 2 stops
 
 @lru_cache
 def dls(test=False):
@@ -273,20 +275,20 @@ def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat
     (dict(epochs=0), 'epochs must be a whole number from 1, got 0'), (dict(seeds=0), 'seeds must have one value or more'),
     (dict(metric='f1'), "metric must be one of valid_loss, mse, got 'f1'"),
     (dict(momenta=[.5]), 'momenta must be from 2/3'), (dict(momenta=[1.]), 'mom must be'), (dict(wds=[-1]), 'wd must be'), (dict(moms=(.9, .8)), 'moms must be three numbers'),
-    (dict(moms=.9, momenta=[.9]), 'momenta cannot be compared'), (dict(grow=-1), 'grow must be'), (dict(n_workers=-1), 'n_workers must be')], ids=str)
+    (dict(moms=.9, momenta=[.9]), 'momenta cannot be compared'), (dict(grow=-1), 'grow must be'), (dict(n_workers=-1), 'n_workers must be')], ids=name)
 def test_what_cannot_be_compared_is_refused(changed, msg, tmp_path):
     out = tmp_path/'out'
     with pytest.raises(ValueError) as e: compare(**{'out': out, **changed})
     assert msg in str(e.value) and not out.exists()
 
 @pytest.mark.parametrize('changed, msg', [(dict(search=['lr', 'eps']), 'search must be some of lr, mom, wd'), (dict(search=[]), 'search must be some of'), (dict(lrs=[.1]), 'lrs must be the lowest and the highest'),
-    (dict(search=['mom'], lrs=(.1, .2)), 'or one if lr is not searched'), (dict(trials=0), 'trials must be'), (dict(moms=.9), 'momenta cannot be compared'), (dict(opts=['Adam(wd=0)']), 'would not keep its wd')], ids=str)
+    (dict(search=['mom'], lrs=(.1, .2)), 'or one if lr is not searched'), (dict(trials=0), 'trials must be'), (dict(moms=.9), 'momenta cannot be compared'), (dict(opts=['Adam(wd=0)']), 'would not keep its wd')], ids=name)
 def test_what_cannot_be_searched_is_refused(changed, msg):
     with pytest.raises(ValueError) as e: search_opts(tiny, **{**dict(opts=['Adam'], lrs=(.1, .2), epochs=1), **changed})
     assert msg in str(e.value)
 
 @pytest.mark.parametrize('changed', [dict(epochs=3), dict(task='other'), dict(metric='mse'),
-    dict(make_learner=lambda opt_func: Learner(dls(), nn.Linear(4, 1), MSELossFlat(), opt_func, metrics=mse))], ids=str)
+    dict(make_learner=lambda opt_func: Learner(dls(), nn.Linear(4, 1), MSELossFlat(), opt_func, metrics=mse))], ids=name)
 def test_the_folder_of_another_comparison_is_refused(changed, tmp_path):
     kw = dict(lrs=[1e-2, 1e-1], seeds=1, opts=['NAdam'], task='tiny', epochs=1, out=tmp_path)
     compare(**kw)
