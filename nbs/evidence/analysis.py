@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from scipy.stats import binomtest, t as student_t
+from fastai_nadam.results import holm
 
 here = Path(__file__).parent
 names = 'digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo'.split()
@@ -103,16 +104,6 @@ def pool(
     half, safe = t*se, t*max(se, w.sum()**-0.5)
     return pd.Series(dict(mean=mean, low=mean-half, high=mean+half, tau=np.sqrt(tau2), p=2*student_t.sf(abs(mean/se), k-1),
         better=better, k=k, sign_p=binomtest(better, k).pvalue, safe=safe))
-
-def holm(
-    ps # p-values
-) -> list: # In the same order
-    "p-values corrected by Holm's method"
-    order, res, high = np.argsort(ps), [0.]*len(ps), 0.
-    for i,j in enumerate(order):
-        high = max(high, min(1., (len(ps)-i)*ps[j]))
-        res[j] = high
-    return res
 
 def times_to_target(
     df:pd.DataFrame, # From `load`, of a search, with every epoch of the new seeds
