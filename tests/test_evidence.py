@@ -78,6 +78,12 @@ def test_pooling_equal_errors_is_a_t_test(stats, rng=np.random.default_rng()):
     np.testing.assert_allclose([got['mean'], got.p, got.low, got.high], [y.mean(), ref.pvalue, ci.low, ci.high])
     assert (got.better, got.k) == ((y < 0).sum(), 8)
 
+def test_an_interval_is_that_of_a_t_test(stats, rng=np.random.default_rng()):
+    y = pd.Series(rng.normal(1, 3, rng.integers(2, 30)))/100
+    e = pd.DataFrame({'x': stats.paired(y, 0*y)}, index=['diff', 'se', 'n']).T
+    ci = ttest_1samp(100*y, 0).confidence_interval()
+    np.testing.assert_allclose(stats.half_width(e).x, (ci.high - ci.low)/2)
+
 def test_pooling_weighs_by_precision_and_spread(stats):
     # se 1 and 2: w = 1, 1/4; Q = 0.2 diff**2; tau2 = (Q - 1)/(1.25 - 1.0625/1.25)
     got = stats.pool(pd.DataFrame(dict(diff=[0., 5.], se=[1., 2.])))

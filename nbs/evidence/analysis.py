@@ -53,6 +53,12 @@ def effects(
     tasks = [o for o in dict.fromkeys(f.task) if {(o, opt), (o, base)} <= {k[:2] for k in new.index}]
     return pd.DataFrame({o: paired(new[o, opt], new[o, base]) for o in tasks}, index=['diff', 'se', 'n']).T
 
+def half_width(
+    e:pd.DataFrame # From `effects`, or a row of it
+): # In per cent
+    "Half of the 95 % interval of an effect, by Student's t"
+    return e.se*student_t.ppf(0.975, e.n-1)
+
 def trial_weights(
     n_points:int, # Number of points that were tried
     n:int # Number of trials

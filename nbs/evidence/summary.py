@@ -32,7 +32,7 @@ same_lr = winners(held).lr.unstack('opt')[[default, default_nadam]].nunique(axis
 
 def num(x, digits=1): return f'{x:+.{digits}f}'.replace('-', '−')
 def percent(p): return f"{num(p['mean'], 2)} % ({num(p.low, 2)} to {num(p.high, 2)})"
-def plus_minus(r): return f'{num(r["diff"])} ± {1.96*r.se:.1f}'
+def plus_minus(r): return f'{num(r["diff"])} ± {half_width(r):.1f}'
 
 def in_short():
     "The first screen"
