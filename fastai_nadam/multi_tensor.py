@@ -14,8 +14,8 @@ from itertools import accumulate, chain, combinations, pairwise
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-try: from torch._C._dynamo.guards import TensorGuards
-except ImportError: TensorGuards = None
+try: TensorGuards = torch._C._dynamo.guards.TensorGuards
+except AttributeError: TensorGuards = None
 
 # %% ../nbs/02_multi_tensor.ipynb #23ec
 try: from fastai_nadam import _kernel # after torch, whose threads it shares

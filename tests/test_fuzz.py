@@ -17,6 +17,7 @@ opt_funcs = [NAdam, DozatNAdam, partial(NAdam, nesterov=False), partial(NAdam, d
     partial(NAdam, nesterov=False, decouple_wd=False), partial(DozatNAdam, mom_decay=None)]
 impls = dict(default={}, foreach=dict(foreach=True), fused=dict(fused=True), pytorch=dict(fused=True), steppers=dict(foreach=False, fused=False))
 kernel = multi_tensor._kernel # None where it was not built; 'pytorch' is the fused kernel of PyTorch where it was
+if not multi_tensor._has_fused('cpu', torch.bfloat16): del impls['fused'], impls['pytorch'] # in an older PyTorch
 shapes = [(), (1,), (3,), (7,), (2, 3), (4, 4), (0, 2), (2, 1, 3), (3, 2, 2, 2), (50, 9), (70, 1001)]
 ulps = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 0.03, torch.float16: 4e-3}
 avgs = 'grad_avg', 'sqr_avg'
