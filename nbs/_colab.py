@@ -1,4 +1,4 @@
-"Put the address in pyproject.toml into tutorial.imagenette, a Colab badge and the line that installs: `python nbs/_colab.py`"
+"Put the address in pyproject.toml into tutorial.imagenette, as a badge and an install line: `python nbs/_colab.py`"
 import json, re
 from pathlib import Path
 
@@ -19,13 +19,18 @@ def colab(nb, url):
     md = dict(cell_type='markdown')
     what = 'fastai /content/fastai_nadam-*.tar.gz' if url is None else f'git+{url}'
     badge = 'https://colab.research.google.com/assets/colab-badge.svg'
-    there = url and f"https://colab.research.google.com/{url.removeprefix('https://').replace('github.com', 'github', 1)}"
     cells = [c for c in nb['cells'] if c['id'] != '00bd' and not (url and c['id'] == '02up')]
     for i,c in enumerate(cells):
-        if c['id'] == '02in': cells[i] = cell('02in', f'#| eval: false\n! [ -e /content ] && pip install -Uqq {what}  # on Colab', c)
-    if url: cells.insert(1, cell('00bd', f'[![Open in Colab]({badge})]({there}/blob/main/nbs/{page.name})', md))
+        if c['id'] != '02in': continue
+        cells[i] = cell('02in', f'#| eval: false\n! [ -e /content ] && pip install -Uqq {what}  # on Colab', c)
+    if url:
+        repo = url.removeprefix('https://').replace('github.com', 'github', 1)
+        there = f'https://colab.research.google.com/{repo}/blob/main/nbs/{page.name}'
+        cells.insert(1, cell('00bd', f'[![Open in Colab]({badge})]({there})', md))
     return {**nb, 'cells': cells}
 
 def write(nb): return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
 
-if __name__ == '__main__': page.write_text(write(colab(json.loads(page.read_text(encoding='utf-8')), address())), encoding='utf-8')
+if __name__ == '__main__':
+    nb = json.loads(page.read_text(encoding='utf-8'))
+    page.write_text(write(colab(nb, address())), encoding='utf-8')

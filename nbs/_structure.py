@@ -53,7 +53,7 @@ def calls_of_a_step():
 def draw_step():
     edges = calls_of_a_step()
     callers = {a for a,_ in edges}
-    edges = [(a, b) for a,b in edges if b in callers or '._' not in b] # private functions that call no other are left out
+    edges = [(a, b) for a,b in edges if b in callers or '._' not in b] # without private functions that call no other
     nodes = list(dict.fromkeys(o for e in edges for o in e))
     res = ['flowchart LR', *(f'  {o}["{o.removeprefix("optimizer.")}"]' for o in nodes)]
     return res + [f'  {a} --> {b}' for a,b in edges]
@@ -62,7 +62,8 @@ def drawn(text):
     "`text` with both pictures drawn again"
     for mark,draw in dict(modules=draw_modules, step=draw_step).items():
         fence = '\n'.join(['``` mermaid', *draw(), '```\n'])
-        text, n = re.subn(rf'(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)', lambda m: m[1] + fence + m[2], text, flags=re.S)
+        between = rf'(?s)(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)'
+        text, n = re.subn(between, lambda m: m[1] + fence + m[2], text)
         assert n == 1, mark
     return text
 

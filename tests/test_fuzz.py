@@ -1,4 +1,4 @@
-"""Random lives of an optimizer: whatever is done to its tensors between two steps, each step is that of the steppers in float64
+"""Random lives of an optimizer: whatever is done to its tensors between steps, each is that of the steppers in float64
 
 For a long search: python tests/test_fuzz.py SECONDS. One life again: python tests/test_fuzz.py --seed SEED"""
 import gc, os, pickle, random, sys, time, traceback, warnings
@@ -13,9 +13,11 @@ from fastai_nadam import DozatNAdam, NAdam, multi_tensor
 from fastai_nadam.optimizer import NAdamOptimizer
 from helpers import all_params, snapshot
 
-opt_funcs = [NAdam, DozatNAdam, partial(NAdam, nesterov=False), partial(NAdam, decouple_wd=False), partial(DozatNAdam, decouple_wd=False),
-    partial(NAdam, nesterov=False, decouple_wd=False), partial(DozatNAdam, mom_decay=None)]
-impls = dict(default={}, foreach=dict(foreach=True), fused=dict(fused=True), pytorch=dict(fused=True), steppers=dict(foreach=False, fused=False))
+opt_funcs = [NAdam, partial(NAdam, nesterov=False), partial(NAdam, decouple_wd=False),
+    partial(NAdam, nesterov=False, decouple_wd=False),
+    DozatNAdam, partial(DozatNAdam, decouple_wd=False), partial(DozatNAdam, mom_decay=None)]
+impls = dict(default={}, foreach=dict(foreach=True), fused=dict(fused=True), pytorch=dict(fused=True),
+    steppers=dict(foreach=False, fused=False))
 kernel = multi_tensor._kernel # None where it was not built; 'pytorch' is the fused kernel of PyTorch where it was
 if not multi_tensor._has_fused('cpu', torch.bfloat16): del impls['fused'], impls['pytorch'] # in an older PyTorch
 shapes = [(), (1,), (3,), (7,), (2, 3), (4, 4), (0, 2), (2, 1, 3), (3, 2, 2, 2), (50, 9), (70, 1001)]
@@ -35,11 +37,12 @@ class Life:
         self.impl = impls[self.name]
         use_kernel(self.name != 'pytorch')
         self.opt_func = self.rng.choice(opt_funcs)
-        dtypes = self.rng.choice([[torch.float32]]*4 + [[torch.float64], [torch.float32, torch.float64], [torch.float32, *ulps]])
+        f32, f64 = torch.float32, torch.float64
+        dtypes = self.rng.choice([*[[f32]]*4, [f64], [f32, f64], [f32, *ulps]])
         one = self.rng.choice(shapes[:-1])
         sizes = shapes if self.rng.random() < 0.1 else shapes[:-1]
-        specs = [(one if self.rng.random() < 0.5 else self.rng.choice(sizes), self.rng.choice(dtypes)) for _ in range(self.rng.randint(1, 6))]
-        ps = [nn.Parameter(torch.randn(s).to(d)) for s,d in specs]
+        def size(): return one if self.rng.random() < 0.5 else self.rng.choice(sizes)
+        ps = [nn.Parameter(torch.randn(size()).to(self.rng.choice(dtypes))) for _ in range(self.rng.randint(1, 6))]
         i = self.rng.randint(1, len(ps))
         self.opt = self.opt_func([ps[:i], ps[i:]], 0.01, wd=0.1, **self.impl)
         self.sds = []
@@ -73,7 +76,9 @@ def data_exchanged(life, p):
 def data_reread(life, p):
     "The same memory in another order, or more or less of it"
     n, room = p.numel(), p.data.untyped_storage().nbytes() // p.element_size() - p.storage_offset()
-    for size,stride in life.rng.sample([((n,), (1,)), (tuple(p.shape)[::-1], tuple(p.stride())[::-1]), ((2,), (1,)), ((1, n), (1, 1)), ((n, 1), (1, 1)), ((), ())], 6):
+    layouts = [((n,), (1,)), ((1, n), (1, 1)), ((n, 1), (1, 1)), ((2,), (1,)), ((), ()),
+        (tuple(p.shape)[::-1], tuple(p.stride())[::-1])]
+    for size,stride in life.rng.sample(layouts, len(layouts)):
         if sum((a-1)*b for a,b in zip(size, stride)) < room and (size, stride) != (tuple(p.shape), p.stride()): break
     else: return # nothing fits
     p.data = p.data.as_strided(size, stride, p.data.storage_offset())
@@ -123,7 +128,8 @@ def average_is_replaced(life, p):
     if k: state[k] = life.new(state[k])
 def average_changes_dtype(life, p):
     state, k = avg_of(life, p)
-    if k and all(q.grad is not state[k] for q in all_params(life.opt)): state[k].data = state[k].data.to(life.rng.choice(list(ulps)))
+    if not k or any(q.grad is state[k] for q in all_params(life.opt)): return
+    state[k].data = state[k].data.to(life.rng.choice(list(ulps)))
 def averages_are_exchanged(life, p):
     q = life.pick(like=p)
     state, k = avg_of(life, p)
@@ -178,21 +184,26 @@ def same_memory(life, p):
 def converted(life, p):
     "As `model.to(dtype)` with swapped parameters"
     torch.utils.swap_tensors(p, nn.Parameter(p.detach().double().to(p.dtype)))
-def flags_change(life, p): life.opt.foreach, life.opt.fused = (life.rng.choice(list(impls.values())).get(k) for k in ('foreach', 'fused'))
+def flags_change(life, p):
+    def flag(k): return life.rng.choice(list(impls.values())).get(k)
+    life.opt.foreach, life.opt.fused = flag('foreach'), flag('fused')
 def hypers_change(life, p):
     r = life.rng.random
-    life.opt.set_hypers(lr=[0.1*r(), np.float64(0.01)], mom=r()*0.99, sqr_mom=[r()*0.999, 0.99], wd=r()*life.rng.choice([0, 0.3]))
+    life.opt.set_hypers(lr=[0.1*r(), np.float64(0.01)], mom=0.99*r(), sqr_mom=[0.999*r(), 0.99],
+        wd=life.rng.choice([0, 0.3])*r())
 def hypers_are_written(life, p): life.opt.hypers[0].update(mom=life.rng.choice([0., 0.5, 0.95]), eps=1e-6)
 def zero_grad(life, p): life.opt.zero_grad()
 def grads_are_none(life, p):
     for q in all_params(life.opt): q.grad = None
 def collected(life, p): gc.collect()
 
-on_params = [data_moves, data_exchanged, data_reread, dtype_changes, shape_changes, expanded, average_moves, average_is_replaced, average_changes_dtype,
-    averages_are_exchanged, average_is_shared, average_resized, state_is_exchanged, state_is_copied, state_is_cleared, numbers_are_edited, do_wd_changes,
-    freezes, thaws, one_freezes, clears, saves, loads, is_copied, is_pickled, becomes_another, groups_change, same_memory, converted, flags_change,
-    hypers_change, hypers_are_written, zero_grad, grads_are_none, collected]
-on_grads = [grad_moves, grad_data_moves, grad_is_shared, grads_are_exchanged, grad_is_expanded, grad_overlaps, grad_is_negative, grad_resized, grad_has_history]
+on_params = [data_moves, data_exchanged, data_reread, dtype_changes, shape_changes, expanded,
+    average_moves, average_is_replaced, average_changes_dtype, averages_are_exchanged, average_is_shared,
+    average_resized, state_is_exchanged, state_is_copied, state_is_cleared, numbers_are_edited, do_wd_changes,
+    freezes, thaws, one_freezes, clears, saves, loads, is_copied, is_pickled, becomes_another, groups_change,
+    same_memory, converted, flags_change, hypers_change, hypers_are_written, zero_grad, grads_are_none, collected]
+on_grads = [grad_moves, grad_data_moves, grad_is_shared, grads_are_exchanged, grad_is_expanded, grad_overlaps,
+    grad_is_negative, grad_resized, grad_has_history]
 
 # What a step must do
 
@@ -200,12 +211,17 @@ def stepped(opt): return [p for p in all_params(opt) if p.grad is not None and p
 
 def is_partly_over(t, u):
     "Does PyTorch take them for that? Tried on a copy of their memory"
-    if t.untyped_storage().data_ptr() != u.untyped_storage().data_ptr() or t.dtype != u.dtype or not t.numel(): return False
+    if t.dtype != u.dtype or not t.numel(): return False
+    if t.untyped_storage().data_ptr() != u.untyped_storage().data_ptr(): return False
     mem = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage().clone())
     a, b = (mem.as_strided(o.shape, o.stride(), o.storage_offset()) for o in (t.detach(), u.detach()))
     try: a.add_(b)
     except RuntimeError: return True
     return False
+
+def extent(t):
+    "Elements of memory from the first to the last of `t`"
+    return 1 + sum((n-1)*s for n,s in zip(t.shape, t.stride()) if n)
 
 def steppable(opt):
     "Written without a look at what the optimizer checks"
@@ -213,26 +229,29 @@ def steppable(opt):
         ts = [p, p.grad, *(opt.state[p][k] for k in avgs if k in opt.state[p])]
         if any(t.shape != p.shape for t in ts): return False
         for t in (ts[0], *ts[2:]): # is each element one of its own?
-            where = torch.arange(1 + sum((n-1)*s for n,s in zip(t.shape, t.stride()) if n)).as_strided(t.shape, t.stride())
-            if len(where.unique()) < t.numel(): return False
+            if len(torch.arange(extent(t)).as_strided(t.shape, t.stride()).unique()) < t.numel(): return False
         if any(is_partly_over(*o) for o in permutations(ts, 2)): return False
     return True
 
-def tensors(opt): return [t for p in all_params(opt) for t in (p, p.grad, *(opt.state[p].get(k) for k in avgs)) if t is not None and t.numel()]
+def tensors(opt):
+    every = (t for p in all_params(opt) for t in (p, p.grad, *(opt.state[p].get(k) for k in avgs)))
+    return [t for t in every if t is not None and t.numel()]
 
-def span(t): return t.data_ptr(), t.data_ptr() + t.element_size()*(1 + sum((n-1)*s for n,s in zip(t.shape, t.stride())))
+def span(t): return t.data_ptr(), t.data_ptr() + t.element_size()*extent(t)
 
 def overlaps(opt):
     "Does any memory overlap other memory? Then the reference cannot be taken apart and made float64"
     return any(a[1] > b[0] for a,b in pairwise(sorted(map(span, tensors(opt)))))
 
 def reference(opt):
-    "The same in other memory, in float64 where that means the same; with the steppers, and nothing kept from earlier steps"
+    "The same in other memory, in float64 where that means the same; with the steppers, and nothing kept from before"
     ps, steps = all_params(opt), {id(p) for p in stepped(opt)}
-    data, grads, states = deepcopy(([p.detach() for p in ps], [p.grad.detach() if id(p) in steps else None for p in ps], [opt.state[p] for p in ps]))
-    rounds = not opt.decouple_wd and any(p.dtype in (torch.float16, torch.bfloat16) for p in ps) # L2 decay rounds the gradient itself
+    def parts(p): return p.detach(), p.grad.detach() if id(p) in steps else None, opt.state[p]
+    copies = deepcopy([parts(p) for p in ps])
+    # L2 decay rounds the gradient itself
+    rounds = not opt.decouple_wd and any(p.dtype in (torch.float16, torch.bfloat16) for p in ps)
     alone, qs = not (overlaps(opt) or rounds), []
-    for p,t,g,state in zip(ps, data, grads, states):
+    for p,(t,g,state) in zip(ps, copies):
         if alone and id(p) in steps:
             t, g = t.double(), g.double()
             state.update({k: state[k].double() for k in avgs if k in state})
@@ -240,12 +259,13 @@ def reference(opt):
         qs[-1].grad = g
     n = len(opt.param_lists[0])
     ref = NAdamOptimizer([qs[:n], qs[n:]], opt.rule, opt.decouple_wd, foreach=False, fused=False)
-    ref.hypers, ref.state = deepcopy(opt.hypers), defaultdict(dict, zip(qs, states))
+    ref.hypers, ref.state = deepcopy(opt.hypers), defaultdict(dict, {q: c[2] for q,c in zip(qs, copies)})
     return ref
 
 def close(got, want, dtype, msg, slack=1):
     got, want = got.detach().double(), want.detach().double()
-    tol = dict(rtol=slack*ulps[dtype], atol=slack*ulps[dtype]*max(0.1, want.nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 0.), equal_nan=True)
+    size = want.nan_to_num(0, 0, 0).abs().max().item() if want.numel() else 0.
+    tol = dict(rtol=slack*ulps[dtype], atol=slack*ulps[dtype]*max(0.1, size), equal_nan=True)
     if not torch.allclose(got, want, **tol): torch.testing.assert_close(got, want, msg=lambda m: f'{msg}: {m}', **tol)
 
 def check_step(life):
@@ -263,7 +283,8 @@ def check_step(life):
     ref.step()
     opt.step()
     for i,(p,q) in enumerate(zip(all_params(opt), all_params(ref), strict=True)):
-        l2 = not opt.decouple_wd and p.dtype in (torch.float32, torch.float64) # where wd·p and the gradient cancel, rounding is seen
+        # Of L2 decay, rounding is seen where wd·p and the gradient cancel
+        l2 = not opt.decouple_wd and p.dtype in (torch.float32, torch.float64)
         close(p, q, p.dtype, f'parameter {i}', slack=100 if l2 else 1)
         if q.grad is not None: close(p.grad, q.grad, p.dtype, f'gradient {i}')
         s, s2 = opt.state[p], ref.state[q]
@@ -281,10 +302,11 @@ def live(seed, impl=None, n_steps=25):
     try:
         for _ in range(n_steps):
             for p in all_params(life.opt):
-                if p.grad is None:
+                g = p.grad
+                if g is None:
                     if life.rng.random() < 0.9: p.grad = torch.randn_like(p.data)
-                elif life.rng.random() < 0.5 and p.grad.grad_fn is None and p.grad.shape == p.shape and 0 not in p.grad.stride():
-                    p.grad.mul_(0.5).add_(torch.randn_like(p.grad))
+                elif life.rng.random() < 0.5 and g.grad_fn is None and g.shape == p.shape and 0 not in g.stride():
+                    g.mul_(0.5).add_(torch.randn_like(g))
             for _ in range(life.rng.choice([0, 0, 0, 1, 1, 2, 3])):
                 grads = life.rng.random() < 0.3
                 p = life.pick(grad=grads)

@@ -11,7 +11,8 @@ from fastai_nadam.multi_tensor import _kernel, address_blocks, foreach_step, fus
 from fastai_nadam.rules import adam_rule, dozat_rule, ruder_rule
 
 built = pytest.mark.skipif(_kernel is None, reason='the kernel in C was not built, or is switched off')
-threaded = pytest.mark.skipif(not (_kernel and _kernel.openmp), reason='a kernel in C without OpenMP is no first choice')
+threaded = pytest.mark.skipif(not (_kernel and _kernel.openmp),
+    reason='a kernel in C without OpenMP is no first choice')
 tols = {torch.float64: 1e-12, torch.float32: 2e-5}
 sizes = [0, 1, 2, 7, 15, 16, 17, 63, 100, 1001, 2**16, 2**17+5]
 

@@ -109,6 +109,13 @@ def test_cells_fit_the_screen(nb):
         assert not wide, wide
         assert not exported or len(lines) <= 60, f'an exported cell of {len(lines)} lines: {lines[1]}'
 
+@pytest.mark.parametrize('folder', ['.', 'fastai_nadam', 'nbs', 'nbs/evidence', 'tests'])
+def test_code_fits_the_screen(folder):
+    files = [f for pattern in ('*.py', '*.c') for f in (root/folder).glob(pattern) if f.name != '_modidx.py']
+    wide = [f'{f.name}:{i}' for f in files
+        for i,line in enumerate(f.read_text(encoding='utf-8').splitlines(), 1) if len(line) > 120]
+    assert files and not wide, wide
+
 def test_pictures_in_contributing_are_drawn_from_the_code():
     code = """import runpy; from pathlib import Path; from torch import ones; from fastai_nadam import NAdam
 m, text = runpy.run_path('nbs/_structure.py'), Path('CONTRIBUTING.md').read_text(encoding='utf-8')

@@ -15,7 +15,8 @@ def test_tasks_train(task):
     last = compare_opts(f, ['NAdam'], [lrs[1]], epochs, [0], metric='accuracy').results.iloc[-1]
     assert min(last.metric, last.test_metric) > dict(digits=0.8, tabular=0.9, text=0.2)[task]
     learn = f(NAdam)
-    train, valid, test = ({str(o) for x,_ in dl.new(shuffle=False, drop_last=False) for o in x.tolist()} for dl in learn.dls.loaders)
+    def items(dl): return {str(o) for x,_ in dl.new(shuffle=False, drop_last=False) for o in x.tolist()}
+    train, valid, test = map(items, learn.dls.loaders)
     assert train and valid and test and (task == 'text' or not (train & valid or train & test or valid & test))
 
 def test_a_folder_of_images(tmp_path):
@@ -23,8 +24,8 @@ def test_a_folder_of_images(tmp_path):
         to = tmp_path/'images'/f.relative_to(digits_path())
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_bytes(f.read_bytes())
-    args = ['--task', str(tmp_path/'images'), '--size', '8', '--bs', '16', '--opts', 'NAdam,Adam', '--lrs', '1e-2', '--epochs', '1', '--seeds', '2', '--n_workers', '0']
-    assert main([*args, '--out', str(tmp_path/'out')]) == 0
+    args = '--size 8 --bs 16 --opts NAdam,Adam --lrs 1e-2 --epochs 1 --seeds 2 --n_workers 0'.split()
+    assert main(['--task', str(tmp_path/'images'), *args, '--out', str(tmp_path/'out')]) == 0
     c = Comparison.load(tmp_path/'out')
     assert c.settings['task'] == f"{tmp_path/'images'}, size 8, bs 16" and len(c.results) == 4
 
@@ -33,13 +34,21 @@ def path(monkeypatch): monkeypatch.setattr(sys, 'path', [*sys.path])
 
 def test_a_function_of_a_file(tmp_path):
     (tmp_path/'helper_of_mine.py').write_text('lrs = 1, 2')
-    (tmp_path/'tasks_of_mine.py').write_text('import helper_of_mine\ndef mine(opt_func): pass\nmine.lrs, mine.epochs = helper_of_mine.lrs, 7\nother = mine\n')
+    (tmp_path/'tasks_of_mine.py').write_text('''import helper_of_mine
+def mine(opt_func): pass
+mine.lrs, mine.epochs = helper_of_mine.lrs, 7
+other = mine
+''')
     f, name, lrs, epochs = find_task(f'{tmp_path}/tasks_of_mine.py:mine')
     assert (f.__name__, name, lrs, epochs) == ('mine', 'mine', (1, 2), 7) and sys.modules[f.__module__].mine is f
     assert find_task(f'{tmp_path}/tasks_of_mine.py:other')[0] is f
 
-@pytest.mark.parametrize('task, msg', [('nothing.py:f', 'there is no file'), ('json.py:f', 'another module is called json'), ('bad.py:f', "cannot be imported: ZeroDivisionError"),
-    ('good.py:g', "has no function 'g'"), ('fine.py:n', "has no function 'n'")])
+@pytest.mark.parametrize('task, msg', [
+    ('nothing.py:f', 'there is no file'),
+    ('json.py:f', 'another module is called json'),
+    ('bad.py:f', 'cannot be imported: ZeroDivisionError'),
+    ('good.py:g', "has no function 'g'"),
+    ('fine.py:n', "has no function 'n'")])
 def test_a_file_that_does_not_do(task, msg, tmp_path):
     (tmp_path/'json.py').write_text('def f(opt_func): pass')
     (tmp_path/'bad.py').write_text('1/0')

@@ -20,7 +20,7 @@ def load(
 
 def finals(
     df:pd.DataFrame # From `load`
-) -> pd.DataFrame: # One row per run, with `tune`, the loss that chooses, and `test`, the logarithm of the one that judges
+) -> pd.DataFrame: # One row per run; `tune` is the loss that chooses, `test` the logarithm of the one that judges
     "The end of each run. One that diverged has the worst outcome of its task"
     df = df[df.epoch == df.groupby('task').epoch.transform('max')].copy()
     for k,val in dict(tune=df.valid_loss, test=np.log(df.test_loss)).items():
@@ -32,7 +32,8 @@ def winners(
     f:pd.DataFrame # From `finals`, of a search
 ) -> pd.DataFrame: # Index task and opt; lr, mom, wd and the mean losses of the trials
     "The point that the trials chose for each optimizer on each task: the best mean on the tuning data"
-    m = f[f.seed < 100].groupby(['task', 'opt', *point], sort=False, dropna=False)[['tune', 'test']].mean().reset_index()
+    m = f[f.seed < 100].groupby(['task', 'opt', *point], sort=False, dropna=False)[['tune', 'test']].mean()
+    m = m.reset_index()
     return m.loc[m.groupby(['task', 'opt'], sort=False).tune.idxmin()].set_index(['task', 'opt'])
 
 def paired(
@@ -81,7 +82,7 @@ def trial_effects(
     base:str=adam, # Baseline
     n_boot:int=400 # Bootstrap samples of the points
 ) -> pd.DataFrame: # Index task; `diff` and `se` in per cent of the loss
-    "Difference of the expected best of `n` trials; the standard error is the bootstrap's over the points, the same for both"
+    "Difference of the expected best of `n` trials; its standard error by a bootstrap of the points, the same for both"
     m = f[f.seed < 100].groupby(['task', 'opt', *point], dropna=False)[['tune', 'test']].mean()
     rng, res = np.random.default_rng(0), {}
     for task in dict.fromkeys(f.task):
@@ -96,9 +97,10 @@ def trial_effects(
 def pool(
     effects:pd.DataFrame, # `diff` and `se` of each task
     level:float=0.95 # Of the interval
-) -> pd.Series: # `mean`, `low`, `high`, `tau` (deviation between tasks), `p`, `better` of `k` tasks, `sign_p`, `safe` (half an interval)
+) -> pd.Series: # `mean`, `low`, `high`, `tau` (deviation between tasks), `p`, `better` of `k` tasks, `sign_p`, `safe`
     """Across tasks: random effects (DerSimonian and Laird's variance), the interval of Hartung and Knapp; a sign test.
-    `safe` is Knapp and Hartung's own precaution: never narrower than the errors of the tasks alone would have it"""
+    `safe` is half an interval with Knapp and Hartung's own precaution: never narrower than the errors of the tasks
+    alone would have it"""
     y, v, k = effects['diff'].to_numpy(float), effects.se.to_numpy(float)**2, len(effects)
     w = 1/v
     q, c = (w*(y - (w@y)/w.sum())**2).sum(), w.sum() - (w**2).sum()/w.sum()
@@ -108,17 +110,18 @@ def pool(
     se = np.sqrt((w*(y-mean)**2).sum()/(k-1)/w.sum())
     t, better = student_t.ppf((1+level)/2, k-1), int((y < 0).sum())
     half, safe = t*se, t*max(se, w.sum()**-0.5)
-    return pd.Series(dict(mean=mean, low=mean-half, high=mean+half, tau=np.sqrt(tau2), p=2*student_t.sf(abs(mean/se), k-1),
-        better=better, k=k, sign_p=binomtest(better, k).pvalue, safe=safe))
+    return pd.Series(dict(mean=mean, low=mean-half, high=mean+half, tau=np.sqrt(tau2),
+        p=2*student_t.sf(abs(mean/se), k-1), better=better, k=k, sign_p=binomtest(better, k).pvalue, safe=safe))
 
 def times_to_target(
     df:pd.DataFrame, # From `load`, of a search, with every epoch of the new seeds
     opts:list # Optimizers
-) -> pd.DataFrame: # A row for each task and seed, a column for each optimizer: epochs, inf where the target was not reached
+) -> pd.DataFrame: # A row for each task and seed, a column for each optimizer: epochs, inf where never reached
     "Epochs until the tuning loss reaches the worst of the optimizers' median final losses, linear within an epoch"
     res = {}
-    for task,d in df[(df.seed >= 100) & df.opt.isin(opts)].groupby('task', sort=False):
-        curves = {o: g.sort_values('epoch').pivot(index='seed', columns='epoch', values='valid_loss') for o,g in d.groupby('opt')}
+    df = df[(df.seed >= 100) & df.opt.isin(opts)]
+    for task,d in df.groupby('task', sort=False):
+        curves = {o: g.pivot(index='seed', columns='epoch', values='valid_loss') for o,g in d.groupby('opt')}
         target = max(c.iloc[:,-1].median() for c in curves.values())
         for opt,c in curves.items():
             for seed,row in c.iterrows():

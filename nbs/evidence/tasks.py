@@ -1,7 +1,7 @@
 """The tasks of `tutorial.compare`: each a function of `opt_func` that makes a `Learner`, its data split by the seed
 
-A seed set beforehand (`set_seed`) decides which items train, which tune and which test: the three loaders of `dls`. The first
-eight tasks were used to find out; those in `held_out` took no part in that and check a rule that was found.
+A seed set beforehand (`set_seed`) decides which items train, which tune and which test: the three loaders of `dls`.
+The first eight tasks were used to find out; those in `held_out` took no part in that and check a rule that was found.
 """
 import hashlib, sysconfig
 from functools import lru_cache
@@ -18,7 +18,8 @@ class PartDL(DataLoader):
         self.tensors, self.n_batches = tensors, n_batches
         super().__init__(range(len(tensors[0])), bs=bs, do_item=noops, device=default_device(), **kwargs)
         if n_batches: self.n = n_batches*bs
-    def get_idxs(self): return self.rng.sample(range(len(self.dataset)), self.n) if self.n_batches else super().get_idxs()
+    def get_idxs(self):
+        return self.rng.sample(range(len(self.dataset)), self.n) if self.n_batches else super().get_idxs()
     def create_batch(self, idxs): return tuple(t[idxs] for t in self.tensors)
 
 def split_dls(
@@ -114,7 +115,8 @@ def text_dls(x, y, bs, n_batches):
 
 class CharGRU(Module):
     def __init__(self, n_chars, nh):
-        self.emb, self.rnn, self.out = nn.Embedding(n_chars, 24), nn.GRU(24, nh, batch_first=True), nn.Linear(nh, n_chars)
+        self.emb, self.rnn = nn.Embedding(n_chars, 24), nn.GRU(24, nh, batch_first=True)
+        self.out = nn.Linear(nh, n_chars)
     def forward(self, x): return self.out(self.rnn(self.emb(x))[0])
 
 def text_gru(opt_func):
@@ -125,7 +127,8 @@ class Block(Module):
     "A block of a transformer, normalised beforehand; `causal`: no item sees later ones"
     def __init__(self, d, n_heads, causal=True):
         store_attr('n_heads,causal')
-        self.norm1, self.norm2, self.qkv, self.proj = nn.LayerNorm(d), nn.LayerNorm(d), nn.Linear(d, 3*d), nn.Linear(d, d)
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.proj = nn.Linear(d, 3*d), nn.Linear(d, d)
         self.mlp = nn.Sequential(nn.Linear(d, 4*d), nn.GELU(), nn.Linear(4*d, d))
     def forward(self, x):
         q, k, v = (o.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for o in self.qkv(self.norm1(x)).chunk(3, -1))
@@ -178,7 +181,8 @@ def photo_data(name, n_waves=24):
     from sklearn.datasets import load_sample_image
     img = F.avg_pool2d(tensor(load_sample_image(name).copy()).permute(2, 0, 1).float()/255, 4)
     ys, xs = torch.meshgrid(torch.linspace(-1, 1, img.shape[1]), torch.linspace(-1, 1, img.shape[2]), indexing='ij')
-    waves = torch.stack([ys, xs], -1).view(-1, 2) @ torch.randn(2, n_waves, generator=torch.Generator().manual_seed(0))*8
+    freqs = torch.randn(2, n_waves, generator=torch.Generator().manual_seed(0))*8
+    waves = torch.stack([ys, xs], -1).view(-1, 2) @ freqs
     return torch.cat([waves.sin(), waves.cos()], 1), img.flatten(1).T.contiguous()
 
 def photo_learner(name, opt_func):
@@ -212,7 +216,7 @@ class Patches(Module):
 
 def digits_vit(opt_func): return classifier(split_dls(digits_data(), (600, 500, 697), bs=40), Patches(32, 2), opt_func)
 
-# Epochs of the middle horizon, and the lowest learning rate of the range that is searched; the highest is 100 times that
+# The lowest learning rate that is searched (the highest is 100 times that), and the epochs of the middle horizon
 low_lrs = {digits: 3e-3, mnist: 1e-3, autoencoder: 2e-3, mnist1d: 3e-3,
            text_gru: 3e-3, text_transformer: 2e-3, diamonds: 3e-3, photo: 2e-3}
 held_out = {houses: 3e-3, code_conv: 2e-3, digits_vit: 1e-3}
