@@ -18,10 +18,9 @@ from .cli import check_int, has_bars
 def write_digits(path:str|Path):
     "Write scikit-learn's handwritten digits as PNG files `train/<digit>/<number>.png` and `val/<digit>/<number>.png`"
     digits = load_digits()
-    seen = [0]*10
-    for i,(im,c) in enumerate(zip(digits.images, digits.target)):
-        seen[c] += 1
-        file = Path(path)/('train' if seen[c]%5 else 'val')/str(c)/f'{i:04d}.png'
+    nth = pd.Series(digits.target).groupby(digits.target).cumcount() # of its class
+    for i,(im,c,n) in enumerate(zip(digits.images, digits.target, nth)):
+        file = Path(path)/('val' if n%5 == 4 else 'train')/str(c)/f'{i:04d}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
         PILImageBW.create((im * (255/16)).round().astype(np.uint8)).save(file)
 
@@ -76,9 +75,8 @@ def list_images(
     def images(part): return get_image_files(part).filter(lambda f: f.parent.parent == part).sorted()
     train, val = images(path/'train'), images(path/valid)
     train_cls, val_cls = (set(o.map(parent_label)) for o in (train, val))
-    if len(train_cls) < 2:
-        n = f"{len(train_cls)} class{'' if len(train_cls)==1 else 'es'}"
-        raise ValueError(f"{str(path/'train')!r} has images of {n}; two or more are needed")
+    n = len(train_cls)
+    if n < 2: raise ValueError(f"{str(path/'train')!r} has images of {n} class{'es'*(n != 1)}; two or more are needed")
     if train_cls != val_cls:
         odd = sorted(train_cls ^ val_cls)
         raise ValueError(f"train and {valid} must have images of the same classes; {odd} are in one of them only")

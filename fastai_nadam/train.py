@@ -196,9 +196,8 @@ def check_given(given:dict):
     given = [k for k,v in given.items() if v is not False]
     for a,b in (('lr', 'find_lr'), ('args', 'article')):
         if a in given and b in given: raise ValueError(f"give {a} or {b}, not both")
-    if 'resume' in given and len(given) > 1:
-        other = first(given, lambda k: k != 'resume')
-        raise ValueError(f"give resume alone, without {other}: a run resumes as it began")
+    more = [k for k in given if k != 'resume']
+    if 'resume' in given and more: raise ValueError(f"give resume alone, without {more[0]}: a run resumes as it began")
     if 'find_lr' in given and num_distrib() > 1: raise ValueError("find_lr works in one process only")
 
 # %% ../nbs/13_train.ipynb #60ec
