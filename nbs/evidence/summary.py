@@ -76,7 +76,7 @@ lower that their mean is not known well.
 
 | an expert asks | |
 |---|---|
-| tuned how? | {trials["middle"]} points, the same for both, × 2 seeds (long: {trials["long"]} × 1); tuning data choose |
+| tuned how? | {trials["middle"]} points, the same for both, × 2 seeds (long: {trials["long"]} × 1), by tuning data |
 | judged on what? | test data, 30 new seeds (long: 10), the same for both |
 | how many comparisons? | one, which must meet all conditions at once; any other is corrected by Holm's method |
 | equal, then? | within ±1 % of the loss: {shown} (90 % intervals in %: {ranges}) |
