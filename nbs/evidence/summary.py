@@ -54,7 +54,7 @@ def in_short():
 chose nothing. This is NAdam's test loss compared with that of *exact Adam*, the same code without
 [looking ahead](tutorial.nesterov.ipynb). Pooled over tasks, with 95 % intervals; negative is better:
 
-| training | after 5 trials | after the search | lower on | rule met |
+| training | tuned by 5 trials | by the whole search | lower on | rule met |
 |---|---|---|---|---|
 {pooled}
 
@@ -76,7 +76,7 @@ lower that their mean is not known well.
 
 | an expert asks | |
 |---|---|
-| tuned how? | {trials["middle"]} shared points × 2 seeds (long: {trials["long"]} × 1); the tuning data choose |
+| tuned how? | {trials["middle"]} points, the same for both, × 2 seeds (long: {trials["long"]} × 1), by tuning data |
 | judged on what? | test data, 30 new seeds (long: 10), the same for both |
 | how many comparisons? | one, which must meet all conditions at once; any other is corrected by Holm's method |
 | equal, then? | within ±1 % of the loss: {shown} (90 % intervals in %: {ranges}) |
