@@ -239,6 +239,11 @@ def test_a_search_tries_the_same_points_and_judges_on_fresh_seeds(tmp_path):
     with pytest.raises(ValueError, match='another comparison, with search True, not False'):
         compare(partial(tiny, test=True), task='tiny', out=tmp_path)
 
+def test_a_search_in_the_folder_of_a_grid_is_refused(tmp_path):
+    compare(opts=['Adam'], out=tmp_path)
+    with pytest.raises(ValueError, match='another comparison, with search False, not True'):
+        search_opts(tiny, ['Adam'], (1e-2, 1e-1), 2, out=tmp_path)
+
 def test_points_of_a_search():
     some = search_points(['mom', 'lr'], (1e-4, 1), 16)
     assert search_points(['mom', 'lr'], (1e-4, 1), 64)[:16] == some and {p[2] for p in some} == {None}
