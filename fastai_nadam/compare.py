@@ -120,8 +120,8 @@ def fit_once(make_learner, opt_funcs, settings, seed, opt, point):
             if all_finite(learn): raise # else a loss or a metric cannot take NaN
     run = dict(task=task, opt=opt, lr=lr, mom=mom, wd=wd, seed=seed)
     logs = [dict(zip(learn.recorder.metric_names[1:], map(rounded, o))) for o in learn.recorder.values]
-    rows = [{**log, **run, 'epoch': i, 'metric': log[metric], 'seconds': rounded(s), 'diverged': False}
-        for i,(log,s) in enumerate(zip(logs, watch.seconds), 1)]
+    rows = [dict(run, epoch=i, train_loss=log['train_loss'], valid_loss=log['valid_loss'], metric=log[metric],
+        seconds=rounded(s), diverged=False) for i,(log,s) in enumerate(zip(logs, watch.seconds), 1)]
     rows += [dict(run, epoch=i, diverged=True) for i in range(len(rows)+1, epochs+1)]
     if not rows[-1]['diverged'] and len(learn.dls.loaders) > 2:
         test = evaluate(learn, 2)
