@@ -126,7 +126,9 @@ def lock_folder(path:str|Path):
     while True:
         f = open(file, 'a')
         try: _lock(f)
-        except (BlockingIOError, PermissionError): f.close(); raise busy from None
+        except (BlockingIOError, PermissionError):
+            f.close()
+            raise busy from None
         except OSError: break # a file system that has no locks
         if file.exists() and os.path.samestat(os.fstat(f.fileno()), file.stat()): break
         f.close() # it was deleted by the process that had the lock

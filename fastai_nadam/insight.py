@@ -145,7 +145,9 @@ class _Follow(Callback):
     run_valid, trace, _stateattrs = False, None, ('trace',) # a pickled `Learner` is not traced
     def __init__(self, trace): self.trace = trace
     def before_fit(self):
-        if self.trace and _find_opt(self.learn)[0] is not self.trace.opt: self.trace.undo(); self.trace._attach()
+        if self.trace and _find_opt(self.learn)[0] is not self.trace.opt:
+            self.trace.undo()
+            self.trace._attach()
 
 # %% ../nbs/05_insight.ipynb #25ge
 @patch
@@ -154,25 +156,21 @@ def _attach(self:StepTrace):
     (self.opt, self.names), self.n_steps = _find_opt(self.of), 0
     # In an OptimWrapper the torch optimizer is traced, whose copies and pickles leave such an attribute out
     opt = self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
-    outer, inner = vars(opt).get('step'), opt.step
-    owner, traces, step, below = getattr(outer, 'tracing', [None]*4)
-    if owner is not opt:
-        traces, below = [], outer
-        def step(o, *args, **kwargs):
-            if o is not opt: return type(o).step(o, *args, **kwargs) # a copy of the optimizer, made while it was traced
-            before = [(t, t._before()) for t in traces]
-            res = inner(*args, **kwargs)
-            for t,b in before: t._after(b)
-            return res
-        step.tracing = opt, traces, step, below
-        opt.step = MethodType(step, opt)
-    traces.append(self)
+    inner = opt.step
+    def step(o, *args, **kwargs):
+        if o is not opt: return type(o).step(o, *args, **kwargs) # a copy of the optimizer, made while it was traced
+        if step.ended: return inner(*args, **kwargs)
+        before = self._before()
+        res = inner(*args, **kwargs)
+        self._after(before)
+        return res
+    step.ended, step.below = False, vars(opt).get('step')
+    opt.step = MethodType(step, opt)
     def undo():
-        traces.remove(self)
-        # Where another trace is recording, or a step was put around ours since, ours stays
-        if traces or getattr(vars(opt).get('step'), '__func__', None) is not step: return
-        del opt.step
-        if below: opt.step = below
+        step.ended = True
+        while getattr(vars(opt).get('step'), 'ended', False):
+            below = vars(opt).pop('step').below
+            if below: opt.step = below
     self.undo = undo
 
 # %% ../nbs/05_insight.ipynb #25he
