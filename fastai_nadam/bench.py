@@ -26,11 +26,8 @@ def compile_step(opt_func, *args, **kwargs):
     opt.opt.step = torch.compile(opt.opt.step)
     return opt
 
-def find_peers(
-    opts:str|None=None, # Names, separated by commas; None: all that are installed
-    compiled:bool=False # Also those that `torch.compile` makes? Needs a C++ compiler, and minutes for each network
-) -> dict: # Name → `opt_func`, with the `reference` among them
-    "The optimizers to compare: ours, fastai's, PyTorch's, timm's and HeavyBall's. Raises a `ValueError`"
+def find_peers(opts:str|None=None, compiled:bool=False) -> dict:
+    "Name → `opt_func` of the `reference` and its peers: those in `opts`, or all there are. Raises a `ValueError`"
     def wrap(opt, **kwargs): return partial(OptimWrapper, opt=opt, **kwargs)
     foreach = wrap(torch.optim.NAdam, foreach=True)
     peers = {reference: wrap(torch.optim.AdamW, fused=True), 'NAdam': NAdam, 'DozatNAdam': DozatNAdam,
@@ -51,76 +48,54 @@ def find_peers(
     return {k: v for k,v in peers.items() if k in [reference, *names]}
 
 # %% ../nbs/17_bench.ipynb #11ec
-def net_shapes(
-    net:str # `mlp`, or a network of `nadam-train`
-) -> list: # Of shapes
-    "Shapes of the parameters of a network. Raises a `ValueError` if there is none of that name"
+def net_shapes(net:str) -> list:
+    "Shapes of the parameters of `mlp`, or of a network of `nadam-train`. Raises a `ValueError`"
     if net == 'mlp': return [s for i,o in itertools.pairwise((64, 128, 96, 64, 64, 10)) for s in ((o, i), (o,))]
     if net not in archs: raise ValueError(f"net must be mlp, or a network of nadam-train, got {net!r}")
     with torch.device('meta'): return [tuple(p.shape) for p in new_model(net, 1000).parameters()]
 
-def new_params(
-    shapes:list, # Of the parameters
-    device:str='cpu', # Where to put them
-    dtype:torch.dtype=torch.float32 # Of parameters and gradients
-) -> list:
+def new_params(shapes:list, device:str='cpu', dtype:torch.dtype=torch.float32) -> list:
     "Random parameters with random gradients"
     ps = [nn.Parameter(torch.randn(s, device=device, dtype=dtype)) for s in shapes]
     for p in ps: p.grad = torch.randn_like(p)
     return ps
 
 # %% ../nbs/17_bench.ipynb #16ec
-def time_call(
-    f, # Function without arguments
-    n:int=1, # How often to call it
-    device:str='cpu', # Wait for the work on this device
-    before=noop # Called before each, and not timed
-) -> float: # Seconds
-    "Seconds of a call"
-    wait, total = torch.cuda.synchronize if torch.device(device).type == 'cuda' else noop, 0.
+def now(device:str|torch.device) -> float:
+    "Seconds on a clock, when `device` has done its work"
+    if str(device).startswith('cuda'): torch.cuda.synchronize()
+    return time.perf_counter()
+
+def time_call(f, n:int=1, device:str='cpu', before=noop) -> float:
+    "Mean seconds of `n` calls of `f` on `device`; `before` is called before each, and not timed"
+    total = 0.
     for _ in range(n):
         before()
-        wait()
-        start = time.perf_counter()
+        start = now(device)
         f()
-        wait()
-        total += time.perf_counter() - start
+        total += now(device) - start
     return total / n
 
-def in_turns(
-    f, # Function of a name
-    names:list, # What to call it with
-    rounds:int # How often
-) -> pd.DataFrame: # What it gave; a column for each name, a row for each round
-    "Call a function with each name in turn, in random order"
+def in_turns(f, names:list, rounds:int) -> pd.DataFrame:
+    "What `f` of each name gives, called in turns, in random order: a column for each name, a row for each round"
     names = list(names)
     return pd.DataFrame([{k: f(k) for k in random.sample(names, len(names))} for _ in range(rounds)])[names]
 
-def interleave(
-    fs:dict, # Name → function without arguments
-    rounds:int=20, # How often to time each
-    device:str='cpu', # See `time_call`
-    before=noop # See `time_call`
-) -> pd.DataFrame: # Seconds of a call; a column for each function, a row for each round
-    "Time functions in turns, each call at least 5 ms"
+def interleave(fs:dict, rounds:int=20, device:str='cpu', before=noop) -> pd.DataFrame:
+    "Time functions in turns, each at least 5 ms long: the seconds of a call, a column for each, a row for each round"
     n = {k: max(1, math.ceil(0.005 / min(time_call(f, 1, device, before) for _ in range(3)))) for k,f in fs.items()}
     return in_turns(lambda k: time_call(fs[k], n[k], device, before), fs, rounds)
 
 # %% ../nbs/17_bench.ipynb #20ec
-def ratios(
-    times:pd.DataFrame # From `interleave`, or another with a row for each round
-) -> pd.DataFrame: # A row for each optimizer: `ratio`, the median, and its 95 % interval from `low` to `high`
-    "Times as multiples of the reference's, round by round"
+def ratios(times:pd.DataFrame) -> pd.DataFrame:
+    "Times as multiples of the reference's, round by round: the median `ratio`, its 95 % interval from `low` to `high`"
     r = times.div(times[reference], axis=0)
     rows = {k: (r[k].median(), *quantile_test(r[k], p=0.5).confidence_interval()) for k in r}
     return pd.DataFrame(rows, index=['ratio', 'low', 'high']).T
 
 # %% ../nbs/17_bench.ipynb #19ec
-def extra_memory(
-    f, # Function without arguments
-    device:str='cpu' # Where to count
-) -> int: # Bytes
-    "The most memory that a call holds at a time, beyond what there was before"
+def extra_memory(f, device:str='cpu') -> int:
+    "The most bytes that a call holds at a time, beyond what there was before"
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -147,8 +122,11 @@ def bench_step(
     grads = [p.grad for p in ps]
     def give_grads(): # which HeavyBall's step takes away, and `OptimWrapper`'s zero_grad
         for p,g in zip(ps, grads): p.grad = g
-    first = {k: 5*time_call(o.step, 5, device, give_grads) for k,o in opts.items()}
-    memory = {k: extra_memory(o.step, device) for k,o in opts.items() if give_grads() is None}
+    first, memory = {}, {}
+    for k,o in opts.items():
+        first[k] = 5*time_call(o.step, 5, device, give_grads)
+        give_grads()
+        memory[k] = extra_memory(o.step, device)
     part = min(numel, 50_000_000)
     x, y = (torch.rand(part, device=device, dtype=dtype) for _ in range(2))
     times = interleave({**{k: o.step for k,o in opts.items()}, 'add': lambda: x.add_(y)}, rounds, device, give_grads)
@@ -163,29 +141,18 @@ titles = dict(step_ms='step, ms', batch_ms='batch, ms', ratio='AdamW', interval=
     floor='floor', extra_mib='MiB more', first_s='5 first steps, s', opt_ms='step and zero_grad, ms',
     share='of the batch, %')
 
-def show_table(
-    df:pd.DataFrame # From `bench_step` or `bench_training`
-) -> pd.DataFrame: # Of strings
-    "The figures as one reads them"
+def show_table(df:pd.DataFrame) -> pd.DataFrame:
+    "The figures of `bench_step` or `bench_training` as one reads them"
     res = df.apply(lambda col: [f'{x:.2f}' if abs(x) < 100 else f'{x:.0f}' for x in col])
     spans = [f'{a} to {b}' if a != b else '' for a,b in zip(res.low, res.high)]
     return res.assign(interval=spans)[[k for k in titles if k in [*df, 'interval']]].rename(columns=titles)
 
-def print_table(
-    title:str, # What was measured
-    df:pd.DataFrame # See `show_table`
-):
-    "Print the figures"
+def print_table(title:str, df:pd.DataFrame):
     print(f'\n{title}\n{show_table(df).to_string()}', flush=True)
 
 # %% ../nbs/17_bench.ipynb #27ec
-def bench_cases(
-    cases:dict, # Name → shapes of the parameters
-    peers:dict|None=None, # See `bench_step`
-    show=noop, # Called with a title and the table of each, as soon as it is there
-    **kwargs # Of `bench_step`
-) -> pd.DataFrame: # The tables of `bench_step`, with columns `opt`, `case`, `tensors` and `parameters`
-    "What a step costs for several lists of shapes. Above 100 million parameters, for NAdam and the reference only"
+def bench_cases(cases:dict, peers:dict|None=None, show=noop, **kwargs) -> pd.DataFrame:
+    "`bench_step` for lists of shapes by name. Above 100 million parameters, for NAdam and the reference only"
     peers, res = peers or find_peers(), []
     for case,shapes in cases.items():
         n = sum(map(math.prod, shapes))
@@ -201,10 +168,8 @@ def growing() -> dict: # Name → shapes
         **{f'{n:,} x 100': [(100,)]*n for n in (10, 100, 1000, 10_000)}}
 
 # %% ../nbs/17_bench.ipynb #29ec
-def plot_steps(
-    df:pd.DataFrame # From `bench_cases`
-) -> plt.Figure:
-    "Step times as multiples of the reference's"
+def plot_steps(df:pd.DataFrame) -> plt.Figure:
+    "Step times from `bench_cases` as multiples of the reference's"
     cases = list(df.case.unique())
     fig, axs = plt.subplots(1, len(cases), figsize=(2 + 3.5*len(cases), 4), sharey=True, squeeze=False,
         layout='constrained')
@@ -228,9 +193,7 @@ class TrainingTimer(Callback):
     "Note the seconds of a batch, and of `step` and `zero_grad` in it, in an epoch of `n` batches without validation"
     order, run_valid = -5, False
     def __init__(self, n): self.n = n
-    def now(self):
-        if self.dls.device.type == 'cuda': torch.cuda.synchronize()
-        return time.perf_counter()
+    def now(self): return now(self.dls.device)
     def before_train(self): self.in_opt, self.begun = 0., self.now()
     def before_step(self): self.step_begun = self.now()
     def after_batch(self):
@@ -239,12 +202,7 @@ class TrainingTimer(Callback):
     def after_train(self): self.seconds = (self.now() - self.begun)/self.n, self.in_opt/self.n
     def before_validate(self): raise CancelValidException()
 
-def bench_training(
-    peers:dict|None=None, # Name → `opt_func`, with the `reference` among them; None: all of `find_peers`
-    rounds:int=20, # How often to time each
-    arch:str='xresnet34', # Network
-    device:str='cpu' # Where to train
-) -> pd.DataFrame: # A row for each optimizer, medians, and what `ratios` gives for a batch
+def bench_training(peers:dict|None=None, rounds:int=20, arch:str='xresnet34', device:str='cpu') -> pd.DataFrame:
     "What a batch of `nadam-train` on the digits takes under each optimizer, and how much of it is the optimizer's"
     dls = get_dls('digits', digits_config['size'], digits_config['bs']).to(torch.device(device))
     learns = {k: make_learner(dls, arch, f, cbs=TrainingTimer(2)) for k,f in (peers or find_peers()).items()}
@@ -319,10 +277,6 @@ def bench(
     return res
 
 # %% ../nbs/17_bench.ipynb #44ee
-def main(
-    argv:list|None=None # Arguments; None: those of the process
-) -> int: # Exit code
-    "`nadam-bench`"
-    return cli(bench, 'nadam-bench', argv)
+def main(argv:list|None=None) -> int: return cli(bench, 'nadam-bench', argv)
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -10,7 +10,7 @@ import json, shlex, time
 from contextlib import contextmanager, suppress
 
 from fastai.vision.all import *
-from .cli import atomic_save, lock_folder, save_json, tell_versions, versions
+from .cli import atomic_save, lock_folder, save_json, versions
 from .optimizer import plain
 
 # %% ../nbs/12_checkpoint.ipynb #8c99628e
@@ -23,11 +23,8 @@ def rng_states(dls:DataLoaders) -> dict:
     return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest], torch=torch.get_rng_state(), cuda=cuda,
         dls=[rng.getstate() for rng in _rngs(dls)])
 
-def set_rng_states(
-    dls:DataLoaders, # Get their states too
-    states:dict # From `rng_states`
-):
-    "Have the generators continue from `states`"
+def set_rng_states(dls:DataLoaders, states:dict):
+    "Have the generators continue from what `rng_states` gave"
     def python(state): return state[0], tuple(state[1]), state[2]
     random.setstate(python(states['python']))
     np.random.set_state(tuple(states['numpy']))
@@ -100,9 +97,7 @@ def read_checkpoint(
     return state
 
 # %% ../nbs/12_checkpoint.ipynb #a59dd6ca
-def launch_command(
-    n:int # Number of processes
-) -> str:
+def launch_command(n:int) -> str:
     "How to start `nadam-train` in `n` processes"
     return f'torchrun --nproc_per_node {n} -m fastai_nadam.train' if n > 1 else 'nadam-train'
 
@@ -122,63 +117,51 @@ def _restore(self:Checkpoint, state):
     except Exception as e: raise ValueError(f"resume: the checkpoint does not fit: {' '.join(str(e).split())}") from e
 
 # %% ../nbs/12_checkpoint.ipynb #c5520633
-def save_args(
-    config:dict, # Options of a run
-    learn:Learner, # With its optimizer
-    file:Path # To write to
-):
-    "Write the options of a run as JSON"
+def save_args(config:dict, learn:Learner, file:Path):
+    "Write the options of a run as JSON, with the hypers of its optimizer"
     hypers = {k: float(learn.opt.hypers[0][k]) for k in ('wd', 'sqr_mom', 'eps')}
     save_json(dict(args={**config, **hypers}, device=str(learn.dls.device), versions=versions()), file)
 
-def read_args(
-    file:str|Path # An `args.json`
-) -> dict: # Options
-    "The options of an earlier run. Raises a `ValueError` if `file` has none"
+def read_args(file:str|Path) -> dict:
+    "The options in an `args.json`; tells which versions were others. Raises a `ValueError` if there are none"
     try:
         saved = json.loads(Path(file).read_text())
         args, then = dict(saved['args']), dict(saved['versions'])
     except FileNotFoundError: raise ValueError(f"args: no such file: {str(file)!r}") from None
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"args: {str(file)!r} is no args.json of a run: {e!r}") from e
-    tell_versions(file, then)
+    old = ', '.join(f'{k} {v}' for k,v in then.items() if versions().get(k) != v)
+    if old and not rank_distrib(): print(f'{file} was made with {old}: the numbers may differ')
     return args
 
 # %% ../nbs/12_checkpoint.ipynb #de14c268
-@contextmanager
-def _tidy(path, out, resume):
-    "After an error: say how to resume, or delete the first files of a new run"
-    try: yield
-    except BaseException as e:
-        if (out/'checkpoint.pth').exists():
-            how = f'{launch_command(num_distrib())} --resume {shlex.quote(str(path))}'
-            if not isinstance(e, ValueError):
-                print(f'\nstopped; to resume after the last whole epoch: {how}', flush=True)
-        elif not resume and not (out/'model.pth').exists():
-            for o in ('args.json', 'history.csv', 'lr_find.png'): (out/o).unlink(missing_ok=True)
-        raise
-    (out/'checkpoint.pth').unlink(missing_ok=True)
-
 @contextmanager
 def run_folder(
     path:str|Path, # Folder for the results
     resume:bool=False # Is there a run to resume in it? Else it must be new or empty
 ): # Gives the folder
     "A folder for one run, locked. Raises a `ValueError` if it cannot be had"
-    out, made = Path(path).expanduser().absolute(), []
+    out = Path(path).expanduser().absolute()
     if out.exists() and not out.is_dir(): raise ValueError(f"out must be a folder, {str(out)!r} is a file")
+    made, checkpoint = [o for o in (out, *out.parents) if not o.exists()], out/'checkpoint.pth'
     try:
-        made = [o for o in (out, *out.parents) if not o.exists()]
         try: out.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise ValueError(f"out: cannot make {str(out)!r}: {e.strerror}") from e
         with lock_folder(out):
-            there = {o.name for o in out.iterdir()}
-            if not resume and there - {'.lock'}:
+            if not resume and any(o.name != '.lock' for o in out.iterdir()):
                 raise ValueError(f"out must be a new or an empty folder, {str(out)!r} has files in it")
-            if 'model.pth' in there and 'checkpoint.pth' not in there:
+            if (out/'model.pth').exists() and not checkpoint.exists():
                 raise ValueError(f"resume: {str(path)!r} holds a run that is finished")
-            with _tidy(path, out, resume): yield out
-    except BaseException:
+            try: yield out
+            except BaseException as e:
+                if checkpoint.exists():
+                    how = f'{launch_command(num_distrib())} --resume {shlex.quote(str(path))}'
+                    if not isinstance(e, ValueError):
+                        print(f'\nstopped; to resume after the last whole epoch: {how}', flush=True)
+                elif not (resume or (out/'model.pth').exists()):
+                    for o in ('args.json', 'history.csv', 'lr_find.png'): (out/o).unlink(missing_ok=True)
+                raise
+            checkpoint.unlink(missing_ok=True)
+    finally:
         with suppress(OSError):
             for o in made: o.rmdir() # if it is empty
-        raise

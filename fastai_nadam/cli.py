@@ -23,9 +23,8 @@ except ImportError: import msvcrt # on Windows
 # %% ../nbs/10_cli.ipynb #03cf64fd
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        names = [o for a in self._actions for o in a.option_strings]
         odd = [o.partition('=')[0] for o in message.split() if o.startswith('--')]
-        near = [c for o in odd for c in get_close_matches(o, names, 1)]
+        near = [c for o in odd for c in get_close_matches(o, self._option_string_actions, 1)]
         if near and message.startswith('unrecognized'): message += f"; did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
@@ -33,7 +32,7 @@ def _parser(func, prog, defaults):
     "A parser with an option for each argument of `func`. What is not given on the command line is not in the result"
     p = _Parser(prog=prog, description=func.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for k,v in docments(func, full=True, returns=False).items():
-        default = (defaults or {}).get(k, v.default)
+        default = defaults.get(k, v.default)
         kw = dict(action='store_true') if v.anno == bool else dict(type=v.anno, metavar=k.upper())
         text = v.docment + (f' (default: {default})' if default is not None else '')
         p.add_argument(f'--{k}', help=text.replace('%', '%%'), **kw)
@@ -44,7 +43,7 @@ def cli(
     func, # Function to run, with annotated arguments
     prog:str, # Name of the command
     argv:list|None=None, # Arguments; None: those of the process
-    defaults:dict|None=None # Argument → text of its default, where that is not the one in the signature
+    defaults:dict={} # Argument → text of its default, where that is not the one in the signature
 ) -> int: # Exit code
     "Run `func` as a command"
     def fail(code, msg):
@@ -67,12 +66,8 @@ def cli(
     return 0
 
 # %% ../nbs/10_cli.ipynb #ef49134e
-def check_int(
-    k:str, # Name of the argument
-    v, # Its value
-    low:int=1 # Lowest value that is allowed
-):
-    "Check that `v` is a whole number from `low`. Raises a `ValueError`"
+def check_int(k:str, v, low:int=1):
+    "Check that the argument `k` is a whole number from `low`. Raises a `ValueError`"
     if not isinstance(v, int) or isinstance(v, bool) or v < low:
         raise ValueError(f"{k} must be a whole number from {low}, got {v!r}")
 
@@ -83,10 +78,8 @@ def has_bars() -> bool:
 
 # %% ../nbs/10_cli.ipynb #7ea398d3
 @contextmanager
-def atomic_save(
-    file:Path # To write to
-): # Gives the file, open for bytes
-    "A file that will be there as a whole, or as it was before, even if the program is killed meanwhile"
+def atomic_save(file:Path):
+    "Open `file` for bytes; it will be there as a whole, or as it was before, even if the program is killed meanwhile"
     tmp = file.with_name(f'.{file.name}.part')
     try:
         with open(tmp, 'wb') as f:
@@ -101,18 +94,12 @@ def atomic_save(
         raise OSError(f"cannot write {str(file)!r}: {met.strerror or met}") from met
     finally: tmp.unlink(missing_ok=True)
 
-def save_json(
-    data:dict,
-    file:Path # To write to
-):
+def save_json(data:dict, file:Path):
     "Write `data` as JSON, as a whole"
     with atomic_save(file) as f: f.write((json.dumps(data, indent=2) + '\n').encode())
 
-def save_fig(
-    fig:plt.Figure,
-    file:Path # To write to; its ending says in which format
-):
-    "Write a figure, as a whole, and close it"
+def save_fig(fig:plt.Figure, file:Path):
+    "Write a figure, as a whole, in the format that the ending of `file` says, and close it"
     with atomic_save(file) as f: fig.savefig(f, format=file.suffix[1:], dpi=120)
     plt.close(fig)
 
@@ -121,14 +108,6 @@ def versions() -> dict: # Name → version
     "Versions of what the numbers of a run depend on"
     others = {k: version(k) for k in ('fastai', 'torch', 'torchvision', 'numpy', 'pillow')}
     return {'fastai_nadam': __version__, **others, 'python': platform.python_version()}
-
-def tell_versions(
-    file:Path, # That may have been made with other versions
-    then:dict # The versions, as in `versions`
-):
-    "Print which versions were others"
-    old = ', '.join(f'{k} {v}' for k,v in then.items() if versions().get(k) != v)
-    if old and not rank_distrib(): print(f'{file} was made with {old}: the numbers may differ')
 
 # %% ../nbs/10_cli.ipynb #8bba4f51
 def _lock(f):
@@ -139,17 +118,17 @@ def _lock(f):
 _locked = set() # folders that this process holds
 
 @contextmanager
-def lock_folder(
-    path:str|Path # A folder that exists
-):
-    "Keep every other process out of a folder. Raises a `ValueError` if one is at work there"
+def lock_folder(path:str|Path):
+    "Keep every other process out of a folder that exists. Raises a `ValueError` if one is at work there"
     file = Path(path).resolve()/'.lock'
     busy = ValueError(f"another run is at work in {str(path)!r}: wait until it has ended, or take another folder")
     if file in _locked: raise busy
     while True:
         f = open(file, 'a')
         try: _lock(f)
-        except (BlockingIOError, PermissionError): f.close(); raise busy from None
+        except (BlockingIOError, PermissionError):
+            f.close()
+            raise busy from None
         except OSError: break # a file system that has no locks
         if file.exists() and os.path.samestat(os.fstat(f.fileno()), file.stat()): break
         f.close() # it was deleted by the process that had the lock

@@ -15,20 +15,17 @@ from sklearn.datasets import load_digits
 from .cli import check_int, has_bars
 
 # %% ../nbs/11_data.ipynb #07ec
-def write_digits(
-    path:str|Path # Folder to write to, which must not exist yet
-):
+def write_digits(path:str|Path):
     "Write scikit-learn's handwritten digits as PNG files `train/<digit>/<number>.png` and `val/<digit>/<number>.png`"
     digits = load_digits()
-    seen = [0]*10
-    for i,(im,c) in enumerate(zip(digits.images, digits.target)):
-        seen[c] += 1
-        file = Path(path)/('train' if seen[c]%5 else 'val')/str(c)/f'{i:04d}.png'
+    nth = pd.Series(digits.target).groupby(digits.target).cumcount() # of its class
+    for i,(im,c,n) in enumerate(zip(digits.images, digits.target, nth)):
+        file = Path(path)/('val' if n%5 == 4 else 'train')/str(c)/f'{i:04d}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
         PILImageBW.create((im * (255/16)).round().astype(np.uint8)).save(file)
 
 # %% ../nbs/11_data.ipynb #09ec
-def digits_path() -> Path: # Folder with `train` and `val`
+def digits_path() -> Path:
     "Folder of the handwritten digits, which the first call writes"
     data = fastai_path('data')
     path = data/'sklearn_digits'
@@ -44,10 +41,8 @@ def digits_path() -> Path: # Folder with `train` and `val`
 # %% ../nbs/11_data.ipynb #14ec
 downloads = dict(imagenette='IMAGENETTE_320', imagewoof='IMAGEWOOF_320')
 
-def download(
-    data:str # `imagenette` or `imagewoof`
-) -> Path: # Folder with `train` and `val`
-    "Download a data set, or find the one downloaded before. Raises an `OSError` if that fails"
+def download(data:str) -> Path:
+    "Folder of `imagenette` or `imagewoof`, which the first call downloads. Raises an `OSError` if that fails"
     url, folder = getattr(URLs, downloads[data]), fastai_path('data')
     if not (folder/Path(url).stem).exists(): print(f'Downloading {data} from {url}')
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,10 +53,8 @@ def download(
     finally: tempfile.tempdir = tmp
 
 # %% ../nbs/11_data.ipynb #16ec
-def data_path(
-    data:str|Path # `digits`, `imagenette`, `imagewoof`, or a folder
-) -> Path: # Folder with `train` and `val`
-    "Folder of `data`, which is written or downloaded if that has not been done yet"
+def data_path(data:str|Path) -> Path:
+    "Folder of the data set called `data`, which is written or downloaded once, or the folder `data`"
     if data == 'digits': return digits_path()
     if data not in downloads: return Path(data).expanduser()
     if num_distrib() <= 1: return download(data)
@@ -82,33 +75,26 @@ def list_images(
     def images(part): return get_image_files(part).filter(lambda f: f.parent.parent == part).sorted()
     train, val = images(path/'train'), images(path/valid)
     train_cls, val_cls = (set(o.map(parent_label)) for o in (train, val))
-    if len(train_cls) < 2:
-        n = f"{len(train_cls)} class{'' if len(train_cls)==1 else 'es'}"
-        raise ValueError(f"{str(path/'train')!r} has images of {n}; two or more are needed")
+    n = len(train_cls)
+    if n < 2: raise ValueError(f"{str(path/'train')!r} has images of {n} class{'es'*(n != 1)}; two or more are needed")
     if train_cls != val_cls:
         odd = sorted(train_cls ^ val_cls)
         raise ValueError(f"train and {valid} must have images of the same classes; {odd} are in one of them only")
     return train + val
 
 # %% ../nbs/11_data.ipynb #25ec
-def check_images(
-    files:L # From `list_images`
-):
+def check_images(files:L):
     "Check that every image can be read. Raises a `ValueError` that names the first that cannot"
     bad = [str(f) for f,ok in zip(files, parallel(verify_image, files, threadpool=True)) if not ok]
     if bad: raise ValueError(f"cannot read the image {bad[0]!r}" + (f" and {len(bad)-1} more" if len(bad) > 1 else ""))
 
 # %% ../nbs/11_data.ipynb #29ec
-def photo_tfms(
-    size:int # Side of the square images, in pixels
-) -> tuple: # (item transforms, augmentations of a batch)
-    "Transforms for photographs: a random crop, and fastai's augmentations"
+def photo_tfms(size:int) -> tuple:
+    "Transforms of an item and of a batch, for photographs: a random crop, and fastai's augmentations"
     return RandomResizedCrop(size, min_scale=0.35), aug_transforms()
 
-def digit_tfms(
-    size:int # Side of the square images, in pixels
-) -> tuple: # (item transforms, augmentations of a batch)
-    "Transforms for signs of equal size that must stay whole: resized, and turned and zoomed a little"
+def digit_tfms(size:int) -> tuple:
+    "The same for signs of equal size that must stay whole: resized, and turned and zoomed a little"
     return None, aug_transforms(do_flip=False, max_warp=0, max_lighting=0, pad_mode=PadMode.Zeros, size=size)
 
 # %% ../nbs/11_data.ipynb #31ec

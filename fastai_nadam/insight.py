@@ -53,12 +53,10 @@ def _find_opt(o):
 
 def _in_fastai_names(d):
     "`d` under fastai's names, with numbers as plain numbers"
-    res = {}
-    for k,v in d.items():
-        if v is None or (k == 'momentum_buffer' and 'square_avg' in d): continue # RMSprop's momentum averages steps
-        k = fastai_name(k)
-        res[k] = v.item() if isinstance(v, (np.generic, Tensor)) and v.ndim == 0 and k[-4:] != '_avg' else v
-    return res
+    no_avg = 'momentum_buffer' if 'square_avg' in d else None # RMSprop's momentum averages steps
+    d = {fastai_name(k): v for k,v in d.items() if v is not None and k != no_avg}
+    def is_number(k, v): return isinstance(v, (np.generic, Tensor)) and v.ndim == 0 and not k.endswith('_avg')
+    return {k: v.item() if is_number(k, v) else v for k,v in d.items()}
 
 def _each_param(opt):
     "Group number, parameter, hypers and state of each parameter of `opt`"
@@ -103,6 +101,11 @@ def _decay_of(opt, lr, wd=0., do_wd=True, decoupled_weight_decay=None, **kwargs)
     cbs = [getattr(cb, 'func', cb) for cb in opt.cbs]
     return lr*wd if weight_decay in cbs else 0., wd if l2_reg in cbs else 0.
 
+def _each_grad(opt):
+    "Number, parameter, hypers, state and both decays (see `_decay_of`) of each parameter with a gradient"
+    for i,(_,p,h,s) in enumerate(_each_param(opt)):
+        if p.grad is not None: yield i, p, h, s, *_decay_of(opt, **{**s, **h})
+
 def _check_count(**kwargs):
     for k,v in kwargs.items():
         if not isinstance(v, int) or v < 1: raise ValueError(f"{k} must be a whole number ≥ 1, got {v!r}")
@@ -142,7 +145,9 @@ class _Follow(Callback):
     run_valid, trace, _stateattrs = False, None, ('trace',) # a pickled `Learner` is not traced
     def __init__(self, trace): self.trace = trace
     def before_fit(self):
-        if self.trace and _find_opt(self.learn)[0] is not self.trace.opt: self.trace.undo(); self.trace._attach()
+        if self.trace and _find_opt(self.learn)[0] is not self.trace.opt:
+            self.trace.undo()
+            self.trace._attach()
 
 # %% ../nbs/05_insight.ipynb #25ge
 @patch
@@ -151,37 +156,29 @@ def _attach(self:StepTrace):
     (self.opt, self.names), self.n_steps = _find_opt(self.of), 0
     # In an OptimWrapper the torch optimizer is traced, whose copies and pickles leave such an attribute out
     opt = self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
-    outer, inner = vars(opt).get('step'), opt.step
-    owner, traces, step, below = getattr(outer, 'tracing', [None]*4)
-    if owner is not opt:
-        traces, below = [], outer
-        def step(o, *args, **kwargs):
-            if o is not opt: return type(o).step(o, *args, **kwargs) # a copy of the optimizer, made while it was traced
-            before = [(t, t._before()) for t in traces]
-            res = inner(*args, **kwargs)
-            for t,b in before: t._after(b)
-            return res
-        step.tracing = opt, traces, step, below
-        opt.step = MethodType(step, opt)
-    traces.append(self)
+    inner = opt.step
+    def step(o, *args, **kwargs):
+        if o is not opt: return type(o).step(o, *args, **kwargs) # a copy of the optimizer, made while it was traced
+        if step.ended: return inner(*args, **kwargs)
+        before = self._before()
+        res = inner(*args, **kwargs)
+        self._after(before)
+        return res
+    step.ended, step.below = False, vars(opt).get('step')
+    opt.step = MethodType(step, opt)
     def undo():
-        traces.remove(self)
-        # Where another trace is recording, or a step was put around ours since, ours stays
-        if traces or getattr(vars(opt).get('step'), '__func__', None) is not step: return
-        del opt.step
-        if below: opt.step = below
+        step.ended = True
+        while getattr(vars(opt).get('step'), 'ended', False):
+            below = vars(opt).pop('step').below
+            if below: opt.step = below
     self.undo = undo
 
 # %% ../nbs/05_insight.ipynb #25he
 @patch
 def _before(self:StepTrace):
     "For each parameter with a gradient: its number, hypers, state, gradient with L2 decay, value, and decoupled decay"
-    res = []
-    for i,(_,p,h,s) in enumerate(_each_param(self.opt)):
-        if p.grad is None: continue
-        decay, l2 = _decay_of(self.opt, **{**s, **h})
-        res.append((i, h, s, p.grad.add(p.detach(), alpha=l2) if l2 else p.grad, self._keep(p), decay))
-    return res
+    return [(i, h, s, p.grad.add(p.detach(), alpha=l2) if l2 else p.grad, self._keep(p), decay)
+        for i,p,h,s,decay,l2 in _each_grad(self.opt)]
 
 @patch
 def _after(self:StepTrace, before):
@@ -228,14 +225,9 @@ class UpdateStats(Callback):
         self.records, self.copies, self.n_steps, self.next_iter, self.gap = [], None, 0, 0, self.every
     def before_step(self):
         "Copy the parameters if this step is to be recorded"
-        self.copies = []
-        if self.train_iter < self.next_iter: return
-        opt, _ = _find_opt(self.learn)
-        for i,(_,p,h,s) in enumerate(_each_param(opt)):
-            if p.grad is None: continue
-            decay, l2 = _decay_of(opt, **{**s, **h})
-            # L2 decay is no separate part of the step
-            self.copies.append((i, p, _float(p).clone(), math.nan if l2 else decay))
+        params = _each_grad(_find_opt(self.learn)[0]) if self.train_iter >= self.next_iter else []
+        # L2 decay is no separate part of the step
+        self.copies = [(i, p, _float(p).clone(), math.nan if l2 else decay) for i,p,_,_,decay,l2 in params]
     def after_cancel_step(self): self.copies = None
     def after_step(self):
         "Record the step, unless it was skipped"
@@ -243,14 +235,13 @@ class UpdateStats(Callback):
         if copies is None: return
         self.n_steps += 1
         if not copies: return
-        stats = np.array([_update_stats(p, before, decay).tolist() for _,p,before,decay in copies])
-        self.records.append((self.n_steps, self.train_iter, [i for i,*_ in copies], stats))
+        rows = [(self.n_steps, self.names[i], *_update_stats(*copy).tolist()) for i,*copy in copies]
+        self.records.append((self.train_iter, rows))
         if len(self.records) > self.max_records: self.records, self.gap = self.records[::2], 2*self.gap
-        self.next_iter = self.records[-1][1] + self.gap
+        self.next_iter = self.records[-1][0] + self.gap
     def table(self) -> pd.DataFrame: # A row per recorded step and parameter; `step` counts the steps of this `fit`
         "What was recorded"
-        rows = [(step, self.names[i], *row) for step,_,idxs,rows in self.records for i,row in zip(idxs, rows)]
-        return pd.DataFrame(rows, columns=self.cols)
+        return pd.DataFrame([row for _,rows in self.records for row in rows], columns=self.cols)
 
 # %% ../nbs/05_insight.ipynb #38fc
 def _update_stats(p, before, decay):
@@ -309,15 +300,15 @@ def plot_rule(
     rules = rules or _family
     moms = [mom(t/n) for t in range(n)] if callable(mom) else [mom]*n if np.ndim(mom) == 0 else mom
     moms = [check_hyper('mom', m) for m in moms]
-    figsize = figsize or (2.6*len(rules), 5)
-    fig,axs = plt.subplots(2, len(rules), figsize=figsize, sharex=True, sharey='row', squeeze=False)
     steps = range(1, len(moms)+1)
+    _, axs = plt.subplots(2, len(rules), figsize=figsize or (2.6*len(rules), 5), sharex=True, sharey='row',
+        squeeze=False, layout='constrained')
     for axs_,(name,rule) in zip(axs.T, rules.items()):
-        kept,state = [],{}
+        kept, power, state = [], [], {}
         for m,t in zip(moms, steps):
-            *ab,state = rule(mom=m, step=t, **state)
+            *ab, state = rule(mom=m, step=t, **state)
             kept.append(ab)
-        power = [rule(mom=m, step=t)[:2] for m,t in zip(moms, steps)]
+            power.append(rule(mom=m, step=t)[:2])
         for ax,y,y_power in zip(axs_, zip(*kept), zip(*power)):
             ax.plot(steps, y, 'k', label='running product')
             ax.plot(steps, y_power, '--', color='C3', label='mom**step')
@@ -326,4 +317,3 @@ def plot_rule(
     axs[0,0].set(yscale='log', ylabel='a, weight of the average')
     axs[1,0].set_ylabel('b, weight of the gradient')
     axs[0,0].legend()
-    fig.tight_layout()

@@ -6,9 +6,8 @@
 __all__ = ['to_torch', 'from_torch', 'from_adam']
 
 # %% ../nbs/04_interop.ipynb #03ec
-from collections import defaultdict
-
 import torch
+from fastcore.basics import groupby
 from torch import Tensor, nn
 from .optimizer import NAdamOptimizer
 from .rules import adam_rule, check_hyper, dozat_rule, ruder_rule
@@ -114,13 +113,11 @@ def _join(pgs):
 # %% ../nbs/04_interop.ipynb #18fc
 def _pieces(torch_opt):
     "The groups of `torch_opt`, those that `to_torch` made of one group together"
-    res = defaultdict(list)
     for i,pg in enumerate(torch_opt.param_groups):
         for k,what in _only_torch.items():
             if pg.get(k): raise ValueError(
                 f"param_groups[{i}] has {k}={pg[k]!r}, which NAdamOptimizer does not have; {what}")
-        res[pg['fastai']['group'] if 'fastai' in pg else f'new {i}'].append(pg)
-    return res.values()
+    return groupby(torch_opt.param_groups, lambda pg: pg['fastai']['group'] if 'fastai' in pg else id(pg)).values()
 
 def _is_decoupled(torch_opt):
     pgs = torch_opt.param_groups

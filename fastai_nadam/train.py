@@ -34,29 +34,20 @@ article_config = dict(data='imagenette', arch='xresnet34', opt='NAdam', wd=0.01,
     size=224, bs=64, epochs=10, lr=1e-3)
 
 # %% ../nbs/13_train.ipynb #027ee228
-def parse_moms(
-    moms:str|float|tuple # Three numbers, or one that is constant; in a text separated by commas
-) -> tuple: # Three numbers
-    "Momentum at the start, the peak and the end of the cycle. Raises a `ValueError`"
+def parse_moms(moms:str|float|tuple) -> tuple:
+    "Momentum at the start, the peak and the end of the cycle; one is constant. Raises a `ValueError`"
     try: vals = [check_hyper('mom', float(o)) for o in (moms.split(',') if isinstance(moms, str) else L(moms))]
     except (TypeError, ValueError) as e: raise ValueError(f"moms must be numbers in [0, 1), got {moms!r}") from e
     if len(vals) not in (1, 3): raise ValueError(f"moms must be three numbers, or one that is constant, got {moms!r}")
     return tuple(vals * (3//len(vals)))
 
 # %% ../nbs/13_train.ipynb #14ec
-def new_model(
-    arch:str, # A name in `archs`
-    n_out:int # Number of classes
-) -> nn.Module:
-    "A network with random weights"
+def new_model(arch:str, n_out:int) -> nn.Module:
+    "A network of `archs` with random weights, for so many classes"
     return getattr(xresnet, arch)(n_out=n_out) if arch in xresnets else tvm.get_model(arch, num_classes=n_out)
 
-def check_model(
-    arch:str, # A name in `archs`
-    size:int, # Side of the square images, in pixels
-    bs:int # Images per batch
-):
-    "Check that a network can train on such batches. Raises a `ValueError`"
+def check_model(arch:str, size:int, bs:int):
+    "Check that a network can train on batches of `bs` images of `size` × `size` pixels. Raises a `ValueError`"
     try:
         with torch.device('meta'): out = new_model(arch, 2)(torch.empty(bs, 3, size, size))
         if not isinstance(out, Tensor): raise ValueError(f"it returns a {type(out).__name__}, not one tensor")
@@ -65,10 +56,8 @@ def check_model(
         raise ValueError(f"{arch} cannot train on batches of {bs} images of {size} x {size} pixels: {e}") from e
 
 # %% ../nbs/13_train.ipynb #17ec
-def check_gpu(
-    fp16:bool=False # Is mixed precision asked for?
-):
-    "Raise a `ValueError` if mixed precision, or a process among several, lacks what it needs"
+def check_gpu(fp16:bool):
+    "Check that mixed precision, and a process among several, has what it needs. Raises a `ValueError`"
     gpus, n = torch.cuda.device_count(), num_distrib()
     if fp16 and not gpus: raise ValueError("fp16 needs a CUDA GPU, and there is none")
     if n <= 1: return
@@ -96,11 +85,8 @@ def check_config(config:AttrDict):
     check_gpu(config.fp16)
     check_model(config.arch, config.size, config.bs)
 
-def new_config(
-    article:bool=False, # Take the article's options?
-    **given # Options, as `train` has them
-) -> AttrDict: # All options of a run
-    "The options of a run, checked. Raises a `ValueError` that names the option if one cannot be"
+def new_config(article:bool=False, **given) -> AttrDict:
+    "All options of a run, of which some were given, checked. Raises a `ValueError` that names the option"
     odd = sorted(given.keys() - {**base_config, **digits_config}.keys())
     if odd: raise ValueError(f"no such option: {', '.join(odd)}")
     config = {**base_config, **(article_config if article else {}), **given}
@@ -121,11 +107,7 @@ def make_learner(
     return Learner(dls, new_model(arch, dls.c), opt_func=opt_func, metrics=accuracy, **kwargs)
 
 # %% ../nbs/13_train.ipynb #26ec
-def new_learner(
-    config:AttrDict, # Options, from `new_config`
-    files:L, # Images, from `list_images`
-    path:Path # Folder for what the `Learner` writes
-) -> Learner:
+def new_learner(config:AttrDict, files:L, path:Path) -> Learner:
     "The `Learner` of a run, with its optimizer: on one machine the same options give the same weights and batches"
     set_seed(config.seed, reproducible=True)
     dls = get_dls(config.data, config.size, config.bs, config.num_workers, files)
@@ -137,12 +119,8 @@ def new_learner(
     return learn.to_fp16() if config.fp16 else learn
 
 # %% ../nbs/13_train.ipynb #57ec
-def suggest_lr(
-    config:AttrDict, # Options, from `new_config`
-    files:L, # Images, from `list_images`
-    path:Path # Folder for `lr_find.png`
-) -> float: # Learning rate
-    "The learning rate that fastai's `lr_find` suggests. Raises a `ValueError` if the loss is not finite"
+def suggest_lr(config:AttrDict, files:L, path:Path) -> float:
+    "The learning rate that `lr_find` suggests; plots it in `path`. Raises a `ValueError` if the loss is not finite"
     with tempfile.TemporaryDirectory(dir=path) as tmp:
         learn = new_learner(config, files, Path(tmp))
         try:
@@ -156,10 +134,7 @@ def suggest_lr(
     return lr
 
 # %% ../nbs/13_train.ipynb #30ec
-def describe(
-    learn:Learner, # From `new_learner`
-    config:AttrDict # Its options
-) -> str:
+def describe(learn:Learner, config:AttrDict) -> str:
     "What is trained on what, in four lines"
     dls, opt, n, cuda = learn.dls, learn.opt, max(num_distrib(), 1), learn.dls.device.type == 'cuda'
     moms = ' -> '.join(f'{m:g}' for m in learn.moms)
@@ -178,32 +153,27 @@ def describe(
 @contextmanager
 def plain_log(learn:Learner):
     "Log the epochs of `learn` as plain lines, with no progress bars"
-    def show(v): return f'{v:<10.6f}' if isinstance(v, float) else f'{v!s:<10}'
-    def line(vals): print('  '.join(map(show, vals)).rstrip(), flush=True)
     def log(vals):
-        if vals[0] == 0: line(learn.recorder.metric_names)
-        line(vals)
+        if vals[0] == 0: log(learn.recorder.metric_names)
+        print('  '.join(f'{v:<10.6f}' if isinstance(v, float) else f'{v!s:<10}' for v in vals).rstrip(), flush=True)
     with learn.no_bar():
         before, learn.logger = learn.logger, log
         try: yield
         finally: learn.logger = before
 
 # %% ../nbs/13_train.ipynb #36ec
-def plot_history(
-    learn:Learner # After `fit_one_cycle`
-) -> plt.Figure:
-    "Losses and metric of a run, and its schedules of lr and mom"
+def plot_history(learn:Learner) -> plt.Figure:
+    "Losses and accuracy of a run, and its schedules of lr and mom"
     r = learn.recorder
-    hist = pd.DataFrame([list(v) for v in r.values], columns=list(r.metric_names[1:-1]))
-    metric, epochs = hist.columns[-1], np.arange(len(hist)) + 1
-    batches = (np.arange(len(r.losses)) + 1) * len(hist)/len(r.losses)
+    _, valid_loss, acc = zip(*r.values)
+    epochs, batches = np.arange(len(acc)) + 1, np.linspace(0, len(acc), len(r.losses)+1)[1:]
     fig, axs = plt.subplots(2, 2, figsize=(11, 7), layout='constrained', sharex=True)
     axs[0,0].plot(batches, [float(o) for o in r.losses], alpha=0.5, label='training (smoothed)')
-    axs[0,0].plot(epochs, hist.valid_loss, 'C0--o', label='validation')
-    axs[0,1].plot(epochs, hist[metric], 'C0-o', label=f'{hist[metric].iloc[-1]:.4f} at the end')
+    axs[0,0].plot(epochs, valid_loss, 'C0--o', label='validation')
+    axs[0,1].plot(epochs, acc, 'C0-o', label=f'{acc[-1]:.4f} at the end')
     for ax,k in zip(axs[1], ('lr', 'mom')): ax.plot(batches, r.hps[k], color='k')
-    titles = 'Loss', f'{metric.capitalize()}, validation images', 'Learning rate (lr)', 'Momentum (mom)'
-    for ax,title,y in zip(axs.flat, titles, ('cross-entropy', metric, 'lr', 'mom')): ax.set(title=title, ylabel=y)
+    titles = 'Loss', 'Accuracy, validation images', 'Learning rate (lr)', 'Momentum (mom)'
+    for ax,title,y in zip(axs.flat, titles, ('cross-entropy', 'accuracy', 'lr', 'mom')): ax.set(title=title, ylabel=y)
     for ax in axs[1]: ax.set_xlabel('epochs')
     for ax in axs[0]: ax.legend()
     return fig
@@ -215,25 +185,19 @@ def save_results(learn:Learner):
     with atomic_save(learn.path/'model.pth') as f: torch.save(state, f)
 
 # %% ../nbs/13_train.ipynb #52ec
-def default_out(
-    config:AttrDict # Options, from `new_config`
-) -> Path: # A folder that does not exist yet
+def default_out(config:AttrDict) -> Path:
     "Where results go without `--out`: `runs/<data>-<opt>`, or `runs/<data>-<opt>-2` and so on if there is one"
-    path = Path('runs')/f'{Path(config.data).name}-{config.opt}'
-    paths = itertools.chain([path], (path.with_name(f'{path.name}-{i}') for i in itertools.count(2)))
-    return first(paths, lambda p: not p.exists())
+    name = f'runs/{Path(config.data).name}-{config.opt}'
+    return first((Path(f'{name}-{i}' if i > 1 else name) for i in itertools.count(1)), lambda p: not p.exists())
 
 # %% ../nbs/13_train.ipynb #dd5c6aeb
-def check_given(
-    given:dict # The arguments that are not None
-):
+def check_given(given:dict):
     "Check that the arguments of `train` go together. Raises a `ValueError`"
     given = [k for k,v in given.items() if v is not False]
     for a,b in (('lr', 'find_lr'), ('args', 'article')):
         if a in given and b in given: raise ValueError(f"give {a} or {b}, not both")
-    if 'resume' in given and len(given) > 1:
-        other = first(given, lambda k: k != 'resume')
-        raise ValueError(f"give resume alone, without {other}: a run resumes as it began")
+    more = [k for k in given if k != 'resume']
+    if 'resume' in given and more: raise ValueError(f"give resume alone, without {more[0]}: a run resumes as it began")
     if 'find_lr' in given and num_distrib() > 1: raise ValueError("find_lr works in one process only")
 
 # %% ../nbs/13_train.ipynb #60ec
@@ -289,14 +253,11 @@ def train(
     return learn
 
 # %% ../nbs/13_train.ipynb #73ec
-def main(
-    argv:list|None=None # Arguments; None: those of the process
-) -> int: # Exit code
+def main(argv:list|None=None) -> int:
     "`nadam-train`"
-    d, p = digits_config, photos_config
-    defaults = {k: v for k,v in base_config.items() if v}
-    defaults.update(dict.fromkeys(('wd', 'sqr_mom', 'eps'), "the optimizer's own"), moms='.95,.85,.95',
-        **{k: d[k] if d[k]==p[k] else f'{d[k]} for the digits, {p[k]} otherwise' for k in d})
+    own, d, p = "the optimizer's own", digits_config, photos_config
+    defaults = {k: v for k,v in base_config.items() if v} | dict(moms='.95,.85,.95', wd=own, sqr_mom=own, eps=own)
+    defaults |= {k: d[k] if d[k]==p[k] else f'{d[k]} for the digits, {p[k]} otherwise' for k in d}
     return cli(train, 'nadam-train', argv, defaults)
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

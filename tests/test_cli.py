@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt, pytest, torch
 from fastai.vision.all import Callback
 
 from fastai_nadam import cli as room
-from fastai_nadam.cli import atomic_save, check_int, cli, lock_folder, save_fig, save_json, tell_versions, versions
+from fastai_nadam.cli import atomic_save, check_int, cli, lock_folder, save_fig, save_json, versions
 
 def command(
     num_workers:int=3, # How many, 100 % of them
@@ -125,12 +125,7 @@ def test_json_and_figure(tmp_path):
         save_fig(fig, tmp_path/name)
         assert (tmp_path/name).read_bytes().startswith(start) and not plt.fignum_exists(fig.number)
 
-def test_versions(capsys, monkeypatch):
-    assert versions()['torch'] == torch.__version__.split('+')[0]
-    tell_versions('f', versions())
-    assert capsys.readouterr().out == ''
-    tell_versions('f', versions() | dict(torch='1.0'))
-    assert capsys.readouterr().out == 'f was made with torch 1.0: the numbers may differ\n'
+def test_versions(): assert versions()['torch'] == torch.__version__.split('+')[0]
 
 # The lock
 

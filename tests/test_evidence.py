@@ -4,7 +4,7 @@ from itertools import combinations
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from scipy.stats import ttest_1samp
 from fastai.torch_core import set_seed
 from fastai_nadam.optimizer import NAdam
@@ -151,11 +151,33 @@ def test_the_stored_results_are_those_of_the_protocol(stats, folder):
         ok = df[~df.diverged]
         assert np.isfinite(ok[['train_loss', 'valid_loss', 'test_loss']]).all().all()
 
-def test_the_first_screen_is_computed_from_the_stored_results(monkeypatch):
-    monkeypatch.syspath_prepend(evidence)
-    summary = module('summary')
+@pytest.fixture(scope='module')
+def summary():
+    with pytest.MonkeyPatch.context() as m:
+        m.syspath_prepend(evidence)
+        return module('summary')
+
+def test_the_first_screen_is_computed_from_the_stored_results(summary):
     text = summary.in_short()
     e = summary.effects(summary.finals(summary.load('middle')))
     assert f"{(e['diff'] < 0).sum()} of {len(e)}" in text and summary.percent(summary.pool(e)) in text
     assert (' **is** ' in text) == (sum(summary.favours(summary.at5[k]) and summary.favours(summary.end[k])
         for k in summary.ends) >= 2)
+
+def test_effects_are_drawn_to_one_scale_and_each_beside_its_name(summary):
+    summary.plot_effects()
+    fig = plt.gcf()
+    names, *others = ([o.get_text() for o in ax.get_yticklabels() if o.get_visible()] for ax in fig.axes)
+    assert names == [*summary.names, 'all tasks'] and others == [[], []]
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in fig.axes}) == 1
+    for ax,f in zip(fig.axes, summary.ends.values()):
+        drawn = {names[int(y)]: x for x,y in ax.lines[1].get_xydata()}
+        assert drawn == pytest.approx(summary.effects(f)['diff'].to_dict())
+    plt.close(fig)
+
+def test_what_trials_gain_is_a_share_of_the_loss(summary):
+    logs = summary.finals(summary.load('middle')).query('opt == @summary.adam and seed < 100')
+    points = logs.groupby(['task', *summary.point])[['tune', 'test']].mean()
+    picked = points.loc[points.groupby('task').tune.idxmin()].test
+    assert summary.trials_gain(32) == pytest.approx(100*(1 - np.exp((picked.droplevel([1, 2, 3])
+        - points.test.groupby('task').mean()).mean())))
