@@ -13,9 +13,9 @@ from multiprocessing import current_process, get_context, parent_process
 
 from fastai.vision.all import *
 from scipy.stats import qmc
-from .cli import check_int, cli, has_bars, save_fig
+from .cli import check_int, cli, has_bars, lock_folder, save_fig
 from .rules import check_hyper
-from .results import Comparison, find_direction, open_folder, point_cols, read_rows, write_folder, write_rows
+from .results import Comparison, find_direction, point_cols, read_rows, read_settings, write_folder, write_rows
 from .tasks import check_learner, find_task, seed_learner
 from .train import opt_funcs, parse_moms
 
@@ -170,6 +170,21 @@ def new_settings(make_learner, funcs, epochs, moms=None, metric=None, lower_is_b
         lower_is_better=find_direction(metric, lower_is_better), batches=len(learn.dls.train),
         parameters=sum(p.numel() for p in learn.model.parameters()), **settings)
 
+@contextmanager
+def open_folder(out, settings):
+    "Have a folder alone: gives it and its settings. Raises a `ValueError` if there is another comparison in it"
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(out or tmp)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_folder(folder):
+            if any(not o.name.startswith('.') for o in folder.iterdir()):
+                old, new = (dict(search='trial_seeds' in o, **o) for o in (read_settings(folder), settings))
+                for k in new:
+                    if k in ('opts', 'trial_seeds'): settings[k] = old[k] + [o for o in new[k] if o not in old[k]]
+                    elif k != 'chance' and old.get(k) != new[k]: raise ValueError(f"out: {str(folder)!r} has "
+                        f"another comparison, with {k} {old.get(k)!r}, not {new[k]!r}")
+            yield folder, settings
+
 def train_missing(runs, fit, n_workers, folder, settings):
     "Make those of the runs (seed, opt, point) that have not been made yet"
     rows = read_rows(folder, settings)
@@ -184,7 +199,8 @@ def train_missing(runs, fit, n_workers, folder, settings):
             print(f'{i} of {n} runs, about {(time.time()-start)*(n-i)/i:.0f} s left', flush=True)
 
 # %% ../nbs/16_compare.ipynb #4fb0b34f
-def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), grow=2, out=None, n_workers=0, **kwargs):
+def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), baseline=None, margin=None, grow=2,
+    out=None, n_workers=0, **kwargs):
     "Train at `points`, then at those `beyond` an edge while an optimizer is best there, then the best on `fresh` seeds"
     check_int('grow', grow, 0)
     check_int('n_workers', n_workers, 0)
@@ -192,6 +208,7 @@ def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), g
     if 'mom' in tried and kwargs.get('moms') is not None:
         raise ValueError("moms is one schedule: momenta cannot be compared")
     funcs = find_opts(opts, {'mom', *tried})
+    if baseline not in [None, *funcs]: raise ValueError(f"baseline must be one of {', '.join(funcs)}, got {baseline!r}")
     with open_folder(out, new_settings(make_learner, funcs, **kwargs)) as (folder, settings):
         train = partial(train_missing, fit=partial(fit_once, make_learner, funcs, settings), n_workers=n_workers,
             folder=folder, settings=settings)
@@ -206,7 +223,7 @@ def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), g
         c = Comparison.load(folder)
         best = [(o, tuple(None if math.isnan(v) else v for v in c.best(o))) for o in funcs]
         train((seed, *o) for seed in fresh for o in best)
-        return Comparison.load(folder)
+        return Comparison.load(folder, baseline=baseline, margin=margin)
 
 # %% ../nbs/16_compare.ipynb #c1515af9
 def compare_opts(
@@ -217,7 +234,7 @@ def compare_opts(
     seeds:int|list=10, # Seeds, or how many of them
     momenta:list|None=None, # High momenta of the cycle, from 2/3 on; None: the momentum is as the `Learner` has it
     wds:list|None=None, # Weight decays; None: the optimizer's own
-    **kwargs # `moms`, `metric`, `lower_is_better`, `grow`, `task`, `out`, `n_workers`: as in `nadam-compare`
+    **kwargs # `moms`, `metric`, `baseline`, `grow`, `out`, `n_workers` and others, as in `nadam-compare`
 ) -> Comparison:
     "Train with every optimizer, point and seed. Raises a `ValueError` that names the argument that does not do"
     lrs, seeds = check_lrs(lrs), each_once('seeds', range(seeds) if isinstance(seeds, int) else seeds, int)
@@ -287,17 +304,15 @@ def compare(
     folder = {k: v for k,v in dict(arch=arch, size=size, bs=bs).items() if v is not None}
     make, name, task_lrs, task_epochs = find_task(task, **folder)
     if quick: opts, seeds, grow = 'NAdam,Adam' if opts == default_opts else opts, min(seeds, 4), 0
-    funcs = find_opts([o for o in re.split(r',(?![^(]*\))', opts) if o.strip()]) # not at the commas in parentheses
-    if baseline not in [None, *funcs]: raise ValueError(f"baseline must be one of {', '.join(funcs)}, got {baseline!r}")
     check_int('seeds', seeds, 2)
     if n_workers is None: n_workers = {0: defaults.cpus, 1: 0}.get(torch.cuda.device_count(), torch.cuda.device_count())
     out = Path(out or f"runs/compare-{Path(name).name}{'-quick'*quick}").expanduser()
-    kw = dict(opts=funcs.values(), lrs=lrs or (task_lrs[1:3] if quick else task_lrs), seeds=seeds, grow=grow, moms=moms,
-        epochs=task_epochs if epochs is None else epochs, metric=metric, task=name, out=out, n_workers=n_workers,
-        lower_is_better=lower_is_better)
-    if search: search_opts(make, search=search.split(','), trials=trials, trial_seeds=trial_seeds, **kw)
-    else: compare_opts(make, momenta=momenta, wds=wds, **kw)
-    c = Comparison.load(out, baseline=baseline, margin=margin)
+    kw = dict(opts=[o for o in re.split(r',(?![^(]*\))', opts) if o.strip()], # not at the commas in parentheses
+        lrs=lrs or (task_lrs[1:3] if quick else task_lrs), epochs=task_epochs if epochs is None else epochs,
+        seeds=seeds, moms=moms, metric=metric, lower_is_better=lower_is_better, baseline=baseline, margin=margin,
+        grow=grow, task=name, out=out, n_workers=n_workers)
+    if search: c = search_opts(make, search=search.split(','), trials=trials, trial_seeds=trial_seeds, **kw)
+    else: c = compare_opts(make, momenta=momenta, wds=wds, **kw)
     save_fig(c.plot(), out/'results.png')
     print(f"\n{c.table().to_string()}\n\nsee {out}\n{c.verdict()}")
     return c

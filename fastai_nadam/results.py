@@ -8,14 +8,12 @@ __all__ = ['Comparison', 'confidence_interval']
 # %% ../nbs/15_results.ipynb #3f20c2ad
 import csv, json, math
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy.stats import binomtest, t as student_t
-from .cli import atomic_save, lock_folder, save_json, versions
+from .cli import atomic_save, save_json, versions
 
 # %% ../nbs/15_results.ipynb #e60b2c16
 proportions = '''accuracy accuracymulti topkaccuracy foregroundacc balancedaccuracyscore
@@ -70,22 +68,6 @@ def write_folder(folder, settings, rows):
     save_json(dict(settings=settings, versions=versions()), folder/'settings.json')
     with atomic_save(folder/'results.csv') as f: write_rows(rows, f)
 
-# %% ../nbs/15_results.ipynb #3a21178b
-@contextmanager
-def open_folder(out, settings):
-    "Have a folder alone: gives it and its settings. Raises a `ValueError` if there is another comparison in it"
-    with TemporaryDirectory() as tmp:
-        folder = Path(out or tmp)
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(folder):
-            if any(not o.name.startswith('.') for o in folder.iterdir()):
-                old, new = (dict(search='trial_seeds' in o, **o) for o in (read_settings(folder), settings))
-                for k in new:
-                    if k in ('opts', 'trial_seeds'): settings[k] = old[k] + [o for o in new[k] if o not in old[k]]
-                    elif k != 'chance' and old.get(k) != new[k]: raise ValueError(f"out: {str(folder)!r} has "
-                        f"another comparison, with {k} {old.get(k)!r}, not {new[k]!r}")
-            yield folder, settings
-
 # %% ../nbs/15_results.ipynb #be0ecb4e
 class Comparison:
     "Results of optimizers over points (lr, mom, wd) and seeds, and what they show"
@@ -124,16 +106,14 @@ class Comparison:
         folder, settings = Path(folder), read_settings(Path(folder))
         return cls(pd.DataFrame(read_rows(folder, settings)), **{**settings, **kwargs})
 
-# %% ../nbs/15_results.ipynb #dd3504db
-@patch
-def outcomes(self:Comparison) -> pd.DataFrame: # `choose` on validation data, `judge` on the data that judge
-    "What each run is worth: one row for each, also as `c.runs`"
-    df, chance = self.numbered[self.numbered.epoch == self.numbered.epoch.max()], self.settings.get('chance')
-    def worth(col):
-        y = self.sign*df[col]
-        worst = y[np.isfinite(y) & ~df.diverged].min() if chance is None else self.sign*chance
-        return self.sign*y.mask(df.diverged | (y == -np.inf), worst).clip(lower=worst)
-    return df.assign(choose=worth('metric'), judge=worth('test_metric' if self.tested else 'metric'))
+    def outcomes(self) -> pd.DataFrame: # `choose` on validation data, `judge` on the data that judge
+        "What each run is worth: one row for each, also as `c.runs`"
+        df, chance = self.numbered[self.numbered.epoch == self.numbered.epoch.max()], self.settings.get('chance')
+        def worth(col):
+            y = self.sign*df[col]
+            worst = y[np.isfinite(y) & ~df.diverged].min() if chance is None else self.sign*chance
+            return self.sign*y.mask(df.diverged | (y == -np.inf), worst).clip(lower=worst)
+        return df.assign(choose=worth('metric'), judge=worth('test_metric' if self.tested else 'metric'))
 
 # %% ../nbs/15_results.ipynb #e4ab1655
 def _top(means): return np.flatnonzero(means >= means.max() - 1e-9*abs(means).max()) # the greatest, up to rounding
@@ -259,12 +239,11 @@ def verdict(self:Comparison) -> str:
     points = ' points'*self.in_points
     margin = f"{100*self.margin:g} point{'s'*(self.margin != 0.01)}" if self.in_points else f'{self.margin:.2g}'
     for o,r in s.drop(base).iterrows():
-        by = _plus_minus(self, abs(r['diff']), r.diff_interval) + points
+        d = _plus_minus(self, r['diff'], r.diff_interval, '+') + points
         if math.isnan(r['diff']) or (s.diverged == s.runs)[[o, base]].all(): none.append(o)
-        elif r.p < 0.05: shown.append(f"{o} is {'better' if self.sign*r['diff'] > 0 else 'worse'} than {base} by {by}")
-        else:
-            d = _plus_minus(self, r['diff'], r.diff_interval, '+') + points
-            (equal if r.p_equal < 0.05 else neither).append(f'{o} ({d})')
+        elif r.p < 0.05:
+            shown.append(f"{o} is {'better' if self.sign*r['diff'] > 0 else 'worse'} than {base} by {d[1:]}")
+        else: (equal if r.p_equal < 0.05 else neither).append(f'{o} ({d})')
     if equal: shown.append(f"equal to {base} within {margin}: {', '.join(equal)}")
     if neither: shown += [f"no difference shown between {base} and {', '.join(neither)}",
         f"a difference of {margin} is not excluded"]

@@ -311,6 +311,7 @@ def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat
     (dict(moms=(.9, .8)), 'moms must be three numbers'),
     (dict(moms=.9, momenta=[.9]), 'momenta cannot be compared'),
     (dict(grow=-1), 'grow must be'),
+    (dict(baseline='SGD'), "baseline must be one of NAdam, NAdam(nesterov=False), Adam, got 'SGD'"),
     (dict(n_workers=-1), 'n_workers must be')], ids=name)
 def test_what_cannot_be_compared_is_refused(changed, msg, tmp_path):
     out = tmp_path/'out'
