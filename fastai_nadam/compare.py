@@ -74,10 +74,9 @@ def each_once(k, vals, check):
     if not (vals := sorted({check(o) for o in listify(vals)})): raise ValueError(f"{k} must have one value or more")
     return vals
 
-def check_lrs(lrs):
-    lrs = each_once('lrs', lrs, partial(check_hyper, 'lr'))
-    if lrs[0] == 0: raise ValueError(f"lrs must be above 0, got {lrs}")
-    return lrs
+def check_lr(lr):
+    if not check_hyper('lr', lr): raise ValueError(f"lrs must be above 0, got {lr!r}")
+    return float(lr)
 
 # %% ../nbs/16_compare.ipynb #4f21756e
 def all_finite(learn):
@@ -101,15 +100,6 @@ class WatchEpochs(Callback):
         self.seconds.append(self.clock() - self.begun)
         if not all_finite(self.learn): raise CancelFitException()
 
-@contextmanager
-def one_thread():
-    "Several runs at a time keep all cores busy better than one run with all of them"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
-
-@one_thread()
 def fit_once(make_learner, opt_funcs, settings, seed, opt, point):
     "Train once with `fit_one_cycle` at a point (lr, mom, wd): a row for each epoch"
     task, epochs, metric, moms = (settings[k] for k in ('task', 'epochs', 'metric', 'moms'))
@@ -139,6 +129,7 @@ def _end_with_parent():
 def _start_worker(fit):
     global _fit
     _fit = fit
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if n := torch.cuda.device_count(): torch.cuda.set_device(current_process()._identity[-1] % n)
@@ -161,13 +152,12 @@ def parallel_runs(fit, runs, n_workers):
 def new_settings(make_learner, funcs, epochs, moms=None, metric=None, lower_is_better=None, task=None, **settings):
     "What a comparison is of. Raises a `ValueError` that names the argument that does not do"
     check_int('epochs', epochs)
-    moms = None if moms is None else list(parse_moms(moms))
     learn = check_learner(make_learner, list(funcs.values()))
     start, metric = evaluate(learn, 1), metric or 'valid_loss'
     if metric not in start: raise ValueError(f"metric must be one of {', '.join(start)}, got {metric!r}")
-    return dict(opts=list(funcs), chance=start[metric] if math.isfinite(start[metric]) else None,
-        task=task or opt_name(make_learner), epochs=epochs, metric=metric, moms=moms,
-        lower_is_better=find_direction(metric, lower_is_better), batches=len(learn.dls.train),
+    return dict(opts=list(funcs), task=task or opt_name(make_learner), epochs=epochs, metric=metric,
+        moms=None if moms is None else list(parse_moms(moms)), lower_is_better=find_direction(metric, lower_is_better),
+        chance=start[metric] if math.isfinite(start[metric]) else None, batches=len(learn.dls.train),
         parameters=sum(p.numel() for p in learn.model.parameters()), **settings)
 
 @contextmanager
@@ -192,11 +182,14 @@ def train_missing(runs, fit, n_workers, folder, settings):
     if not (runs := [o for o in runs if o not in done]): return
     write_folder(folder, settings, rows)
     it = parallel_runs(fit, runs, n_workers) if n_workers else (fit(*run) for run in runs)
-    n, start = len(runs), time.time()
-    for i,rows in enumerate(progress_bar(it, total=n) if has_bars() else it, 1):
-        write_rows(rows, folder/'results.csv', mode='a', header=False)
-        if not has_bars() and i*10//n > (i-1)*10//n:
-            print(f'{i} of {n} runs, about {(time.time()-start)*(n-i)/i:.0f} s left', flush=True)
+    n, start, threads = len(runs), time.time(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for i,rows in enumerate(progress_bar(it, total=n) if has_bars() else it, 1):
+            write_rows(rows, folder/'results.csv', mode='a', header=False)
+            if not has_bars() and i*10//n > (i-1)*10//n:
+                print(f'{i} of {n} runs, about {(time.time()-start)*(n-i)/i:.0f} s left', flush=True)
+    finally: torch.set_num_threads(threads)
 
 # %% ../nbs/16_compare.ipynb #4fb0b34f
 def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), baseline=None, margin=None, grow=2,
@@ -237,7 +230,8 @@ def compare_opts(
     **kwargs # `moms`, `metric`, `baseline`, `grow`, `out`, `n_workers` and others, as in `nadam-compare`
 ) -> Comparison:
     "Train with every optimizer, point and seed. Raises a `ValueError` that names the argument that does not do"
-    lrs, seeds = check_lrs(lrs), each_once('seeds', range(seeds) if isinstance(seeds, int) else seeds, int)
+    seeds = each_once('seeds', range(seeds) if isinstance(seeds, int) else seeds, int)
+    lrs = each_once('lrs', lrs, check_lr)
     moms = each_once('momenta', momenta, partial(check_hyper, 'mom'))
     wds = each_once('wds', wds, partial(check_hyper, 'wd'))
     if momenta is not None and moms[0] < 2/3: raise ValueError(f"momenta must be from 2/3 on, got {moms}")
@@ -260,7 +254,7 @@ def search_opts(
 ) -> Comparison:
     "Try all optimizers at the same points, and the best of each on fresh seeds. Raises a `ValueError`"
     for k,v in dict(seeds=seeds, trials=trials, trial_seeds=trial_seeds).items(): check_int(k, v)
-    lrs, search, tried = check_lrs(lrs), listify(search), list(range(trial_seeds))
+    lrs, search, tried = each_once('lrs', lrs, check_lr), listify(search), list(range(trial_seeds))
     if not search or not set(search) <= set(point_cols):
         raise ValueError(f"search must be some of lr, mom, wd, got {search}")
     if ('lr' in search) != (len(lrs) > 1):

@@ -183,9 +183,9 @@ def difference(self:Comparison, opt:str, base:str|None=None) -> tuple: # (differ
 def time_to_target(self:Comparison, opt:str) -> pd.DataFrame: # Columns `epochs` and `seconds`, a row for each seed
     "Epochs, and seconds of training, until each judged run first reached the target; inf if it did not"
     runs = self.judged(opt)
-    runs = runs.assign(seconds=runs.groupby('seed').seconds.cumsum())
-    hit = runs[self.sign*runs.metric >= self.sign*self.target].groupby('seed')[['epoch', 'seconds']].first()
-    return hit.astype(float).reindex(runs.seed.unique(), fill_value=math.inf).rename(columns=dict(epoch='epochs'))
+    runs = runs.assign(epochs=runs.epoch.astype(float), seconds=runs.groupby('seed').seconds.cumsum())
+    hit = runs[self.sign*runs.metric >= self.sign*self.target].groupby('seed')[['epochs', 'seconds']].first()
+    return hit.reindex(runs.seed.unique(), fill_value=math.inf)
 
 def p_values(diff, half, n, margin):
     "Of no difference, and of one of `margin` or more: the larger of two one-sided tests"
