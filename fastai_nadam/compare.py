@@ -15,7 +15,8 @@ from fastai.vision.all import *
 from scipy.stats import qmc
 from .cli import check_int, cli, has_bars, lock_folder, save_fig
 from .rules import check_hyper
-from .results import Comparison, find_direction, point_cols, read_rows, read_settings, write_folder, write_rows
+from .results import Comparison, find_direction, point_cols
+from .results import read_rows, read_settings, write_folder, write_rows
 from .tasks import check_learner, find_task, seed_learner
 from .train import opt_funcs, parse_moms
 
