@@ -176,7 +176,7 @@ def open_folder(out, settings):
                         f"another comparison, with {k} {old.get(k)!r}, not {new[k]!r}")
             yield folder, settings
 
-def train_missing(runs, fit, n_workers, folder, settings):
+def train_missing(folder, settings, fit, n_workers, runs):
     "Make those of the runs (seed, opt, point) that have not been made yet"
     rows = read_rows(folder, settings)
     done = {(r['seed'], r['opt'], tuple(r[k] for k in point_cols)) for r in rows}
@@ -204,8 +204,7 @@ def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), b
     funcs = find_opts(opts, {'mom', *tried})
     if baseline not in [None, *funcs]: raise ValueError(f"baseline must be one of {', '.join(funcs)}, got {baseline!r}")
     with open_folder(out, new_settings(make_learner, funcs, **kwargs)) as (folder, settings):
-        train = partial(train_missing, fit=partial(fit_once, make_learner, funcs, settings), n_workers=n_workers,
-            folder=folder, settings=settings)
+        train = partial(train_missing, folder, settings, partial(fit_once, make_learner, funcs, settings), n_workers)
         train(itertools.product(seeds, funcs, points))
         for edge,lr,factor in edges:
             for _ in range(grow):
@@ -228,7 +227,7 @@ def compare_opts(
     seeds:int|list=10, # Seeds, or how many of them
     momenta:list|None=None, # High momenta of the cycle, from 2/3 on; None: the momentum is as the `Learner` has it
     wds:list|None=None, # Weight decays; None: the optimizer's own
-    **kwargs # `moms`, `metric`, `baseline`, `grow`, `out`, `n_workers` and others, as in `nadam-compare`
+    **kwargs # As in `nadam-compare`: moms, metric, lower_is_better, baseline, margin, grow, task, out, n_workers
 ) -> Comparison:
     "Train with every optimizer, point and seed. Raises a `ValueError` that names the argument that does not do"
     seeds = each_once('seeds', range(seeds) if isinstance(seeds, int) else seeds, int)
