@@ -8,13 +8,15 @@ __all__ = ['compare_opts', 'search_opts']
 # %% ../nbs/16_compare.ipynb #96fda386
 import ast, signal, threading, time
 from concurrent import futures
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import current_process, get_context, parent_process
 
 from fastai.vision.all import *
 from scipy.stats import qmc
-from .cli import check_int, cli, has_bars, save_fig
+from .cli import check_int, cli, has_bars, lock_folder, save_fig
 from .rules import check_hyper
-from .results import Comparison, Results, find_direction, point_cols
+from .results import Comparison, find_direction, point_cols
+from .results import read_rows, read_settings, write_folder, write_rows
 from .tasks import check_learner, find_task, seed_learner
 from .train import opt_funcs, parse_moms
 
@@ -73,10 +75,9 @@ def each_once(k, vals, check):
     if not (vals := sorted({check(o) for o in listify(vals)})): raise ValueError(f"{k} must have one value or more")
     return vals
 
-def check_lrs(lrs):
-    lrs = each_once('lrs', lrs, partial(check_hyper, 'lr'))
-    if lrs[0] == 0: raise ValueError(f"lrs must be above 0, got {lrs}")
-    return lrs
+def check_lr(lr):
+    if not check_hyper('lr', lr): raise ValueError(f"lrs must be above 0, got {lr!r}")
+    return float(lr)
 
 # %% ../nbs/16_compare.ipynb #4f21756e
 def all_finite(learn):
@@ -100,18 +101,19 @@ class WatchEpochs(Callback):
         self.seconds.append(self.clock() - self.begun)
         if not all_finite(self.learn): raise CancelFitException()
 
-def fit_once(make_learner, opt_funcs, epochs, metric, moms, opt, point, seed):
-    "Train once with `fit_one_cycle` at a point: a dict for each epoch. `moms` are for a point without a momentum"
+def fit_once(make_learner, opt_funcs, settings, seed, opt, point):
+    "Train once with `fit_one_cycle` at a point (lr, mom, wd): a row for each epoch"
+    task, epochs, metric, moms = (settings[k] for k in ('task', 'epochs', 'metric', 'moms'))
     learn, (lr, mom, wd), watch = seed_learner(make_learner, opt_funcs[opt], seed), point, WatchEpochs()
     with learn.no_bar(), learn.no_logging():
         try: learn.fit_one_cycle(epochs, lr, moms=moms if mom is None else cycle_moms(mom), wd=wd, cbs=watch)
         except Exception:
             if all_finite(learn): raise # else a loss or a metric cannot take NaN
-    rows = [dict(epoch=i+1, diverged=True) for i in range(epochs)]
-    for row,values,seconds in zip(rows, learn.recorder.values, watch.seconds):
-        vals = dict(zip(learn.recorder.metric_names[1:], map(rounded, values)))
-        row.update(train_loss=vals['train_loss'], valid_loss=vals['valid_loss'], metric=vals[metric],
-            seconds=rounded(seconds), diverged=False)
+    run = dict(task=task, opt=opt, lr=lr, mom=mom, wd=wd, seed=seed)
+    logs = [dict(zip(learn.recorder.metric_names[1:], map(rounded, o))) for o in learn.recorder.values]
+    rows = [dict(run, epoch=i, train_loss=log['train_loss'], valid_loss=log['valid_loss'], metric=log[metric],
+        seconds=rounded(s), diverged=False) for i,(log,s) in enumerate(zip(logs, watch.seconds), 1)]
+    rows += [dict(run, epoch=i, diverged=True) for i in range(len(rows)+1, epochs+1)]
     if not rows[-1]['diverged'] and len(learn.dls.loaders) > 2:
         test = evaluate(learn, 2)
         rows[-1].update(test_loss=test['valid_loss'], test_metric=test[metric])
@@ -121,97 +123,100 @@ def fit_once(make_learner, opt_funcs, epochs, metric, moms, opt, point, seed):
 # %% ../nbs/16_compare.ipynb #395356d5
 _fit = None # what a worker process runs
 
-def _watch(parent):
-    while os.getppid() == parent: time.sleep(0.5)
+def _end_with_parent():
+    parent_process().join()
     os._exit(1)
 
-def _start_worker(fit, parent):
+def _start_worker(fit):
     global _fit
     _fit = fit
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the parent
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    n, i = torch.cuda.device_count(), get_context().current_process()._identity[0] - 1
-    if n: torch.cuda.set_device(i % n)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if n := torch.cuda.device_count(): torch.cuda.set_device(current_process()._identity[-1] % n)
 
-def _work(run): return run, _fit(*run)
+def _work(run): return _fit(*run)
 
 def parallel_runs(fit, runs, n_workers):
-    "Pairs of a run and `fit(*run)` as they come, from processes"
+    "`fit(*run)` of each run, as they come, from processes"
     fork = sys.platform == 'linux' and not torch.cuda.is_available()
     context, n = get_context('fork' if fork else 'spawn'), min(n_workers, len(runs))
-    pool = futures.ProcessPoolExecutor(n, context, _start_worker, (fit, os.getpid()))
-    try:
-        for f in futures.as_completed([pool.submit(_work, run) for run in runs]): yield f.result()
+    pool = futures.ProcessPoolExecutor(n, context, _start_worker, (fit,))
+    try: yield from (f.result() for f in futures.as_completed([pool.submit(_work, run) for run in runs]))
     except futures.process.BrokenProcessPool as e:
         raise ChildProcessError("a worker was killed; the same command with the same out resumes") from e
-    except BaseException:
+    finally:
         for p in list((pool._processes or {}).values()): p.terminate()
-        raise
-    finally: pool.shutdown(cancel_futures=True)
-
-def serial_runs(fit, runs):
-    "The same from this process, with one thread"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield from ((run, fit(*run)) for run in runs)
-    finally: torch.set_num_threads(n)
-
-def with_progress(it, n):
-    "Show how far `n` results are and the time left: a bar where there can be one, else a line now and then"
-    if has_bars(): return (yield from progress_bar(it, total=n))
-    start = time.time()
-    for i,o in enumerate(it, 1):
-        left = f'{(time.time()-start)*(n-i)/i:.0f} s left'
-        if i == n or i*10//n > (i-1)*10//n: print(f'{i} of {n} runs, about {left}', flush=True)
-        yield o
+        pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/16_compare.ipynb #62653088
-def none(x): return None if x is None or math.isnan(x) else x
+def new_settings(make_learner, funcs, epochs, moms=None, metric=None, lower_is_better=None, task=None, **settings):
+    "What a comparison is of. Raises a `ValueError` that names the argument that does not do"
+    check_int('epochs', epochs)
+    learn = check_learner(make_learner, list(funcs.values()))
+    start, metric = evaluate(learn, 1), metric or 'valid_loss'
+    if metric not in start: raise ValueError(f"metric must be one of {', '.join(start)}, got {metric!r}")
+    return dict(opts=list(funcs), task=task or opt_name(make_learner), epochs=epochs, metric=metric,
+        moms=None if moms is None else list(parse_moms(moms)), lower_is_better=find_direction(metric, lower_is_better),
+        chance=start[metric] if math.isfinite(start[metric]) else None, batches=len(learn.dls.train),
+        parameters=sum(p.numel() for p in learn.model.parameters()), **settings)
 
-class Runs(Results):
-    "`Results`, and how to make those that are missing. `tried` is what points have beside lr: mom, wd"
-    def __init__(self, make_learner, opts, epochs, tried, moms=None, metric=None, lower_is_better=None, task=None,
-        out=None, n_workers=0, **settings):
-        if 'mom' in tried and moms is not None: raise ValueError("moms is one schedule: momenta cannot be compared")
-        check_int('epochs', epochs)
-        check_int('n_workers', n_workers, 0)
-        funcs, moms = find_opts(opts, {'lr', 'mom', *tried}), None if moms is None else list(parse_moms(moms))
-        learn = check_learner(make_learner, list(funcs.values()))
-        start, metric = evaluate(learn, 1), metric or 'valid_loss'
-        if metric not in start: raise ValueError(f"metric must be one of {', '.join(start)}, got {metric!r}")
-        self.opts, self.n_workers = list(funcs), n_workers
-        self.fit = partial(fit_once, make_learner, funcs, epochs, metric, moms)
-        same = dict(task=task or opt_name(make_learner), epochs=epochs, metric=metric, moms=moms,
-            lower_is_better=find_direction(metric, lower_is_better), batches=len(learn.dls.train),
-            parameters=sum(p.numel() for p in learn.model.parameters()))
-        chance = start[metric] if math.isfinite(start[metric]) else None
-        super().__init__(same, dict(opts=self.opts, chance=chance, **same, **settings), out)
+@contextmanager
+def open_folder(out, settings):
+    "Have a folder alone: gives it and its settings. Raises a `ValueError` if there is another comparison in it"
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(out or tmp)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_folder(folder):
+            if any(not o.name.startswith('.') for o in folder.iterdir()):
+                old, new = (dict(search='trial_seeds' in o, **o) for o in (read_settings(folder), settings))
+                for k in new:
+                    if k in ('opts', 'trial_seeds'): settings[k] = old[k] + [o for o in new[k] if o not in old[k]]
+                    elif k != 'chance' and old.get(k) != new[k]: raise ValueError(f"out: {str(folder)!r} has "
+                        f"another comparison, with {k} {old.get(k)!r}, not {new[k]!r}")
+            yield folder, settings
+
+def train_missing(folder, settings, fit, n_workers, runs):
+    "Make those of the runs (seed, opt, point) that have not been made yet"
+    rows = read_rows(folder, settings)
+    done = {(r['seed'], r['opt'], tuple(r[k] for k in point_cols)) for r in rows}
+    if not (runs := [o for o in runs if o not in done]): return
+    write_folder(folder, settings, rows)
+    it = parallel_runs(fit, runs, n_workers) if n_workers else (fit(*run) for run in runs)
+    n, start, threads = len(runs), time.time(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for i,rows in enumerate(progress_bar(it, total=n) if has_bars() else it, 1):
+            write_rows(rows, folder/'results.csv', mode='a', header=False)
+            if not has_bars() and i*10//n > (i-1)*10//n:
+                print(f'{i} of {n} runs, about {(time.time()-start)*(n-i)/i:.0f} s left', flush=True)
+    finally: torch.set_num_threads(threads)
 
 # %% ../nbs/16_compare.ipynb #4fb0b34f
-@patch
-def train(self:Runs, points, seeds):
-    "Make the runs that have not been made yet. `points` are those of each optimizer"
-    done = {(r['opt'], *(none(r[k]) for k in point_cols), r['seed']) for r in self.rows}
-    runs = [(o, p, seed) for seed in seeds for o in self.opts for p in points[o] if (o, *p, seed) not in done]
-    if not runs: return
-    self.save()
-    it = parallel_runs(self.fit, runs, self.n_workers) if self.n_workers else serial_runs(self.fit, runs)
-    for (opt, point, seed), rows in with_progress(it, len(runs)):
-        run = dict(zip(point_cols, point), task=self.settings['task'], opt=opt, seed=seed)
-        self.add([{**run, **row} for row in rows])
-
-@patch
-def train_all(self:Runs, points, seeds, lower, higher):
-    "Train all optimizers at `points`, and at the next `lower` or `higher` ones while one of them is best at that edge"
-    self.train(dict.fromkeys(self.opts, points), seeds)
-    for edge,steps in ((min, lower), (max, higher)):
-        for points in steps:
-            c = self.comparison()
-            tried = set(c.results.lr)
-            there = not tried.isdisjoint(lr for lr,*_ in points) # earlier seeds or optimizers needed them
-            if not there and edge(tried) not in [c.best(o)[0] for o in self.opts]: break
-            self.train(dict.fromkeys(self.opts, points), seeds)
+def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), baseline=None, margin=None, grow=2,
+    out=None, n_workers=0, **kwargs):
+    "Train at `points`, then at those `beyond` an edge while an optimizer is best there, then the best on `fresh` seeds"
+    check_int('grow', grow, 0)
+    check_int('n_workers', n_workers, 0)
+    tried = {k for p in points for k,v in zip(point_cols, p) if v is not None}
+    if 'mom' in tried and kwargs.get('moms') is not None:
+        raise ValueError("moms is one schedule: momenta cannot be compared")
+    funcs = find_opts(opts, {'mom', *tried})
+    if baseline not in [None, *funcs]: raise ValueError(f"baseline must be one of {', '.join(funcs)}, got {baseline!r}")
+    with open_folder(out, new_settings(make_learner, funcs, **kwargs)) as (folder, settings):
+        train = partial(train_missing, folder, settings, partial(fit_once, make_learner, funcs, settings), n_workers)
+        train(itertools.product(seeds, funcs, points))
+        for edge,lr,factor in edges:
+            for _ in range(grow):
+                more, lr, c = beyond(lr, lr*factor), lr*factor, Comparison.load(folder)
+                tried = set(c.results.lr)
+                there = not tried.isdisjoint(o for o,*_ in more) # earlier seeds or optimizers needed them
+                if not there and edge(tried) not in [c.best(o)[0] for o in funcs]: break
+                train(itertools.product(seeds, funcs, more))
+        c = Comparison.load(folder)
+        best = [(o, tuple(None if math.isnan(v) else v for v in c.best(o))) for o in funcs]
+        train((seed, *o) for seed in fresh for o in best)
+        return Comparison.load(folder, baseline=baseline, margin=margin)
 
 # %% ../nbs/16_compare.ipynb #c1515af9
 def compare_opts(
@@ -222,21 +227,18 @@ def compare_opts(
     seeds:int|list=10, # Seeds, or how many of them
     momenta:list|None=None, # High momenta of the cycle, from 2/3 on; None: the momentum is as the `Learner` has it
     wds:list|None=None, # Weight decays; None: the optimizer's own
-    grow:int=2, # How many learning rates may be added on each side, while an optimizer is best at the edge
-    **kwargs # `moms`, `metric`, `lower_is_better`, `task`, `out`, `n_workers`: as in `nadam-compare`
+    **kwargs # As in `nadam-compare`: moms, metric, lower_is_better, baseline, margin, grow, task, out, n_workers
 ) -> Comparison:
     "Train with every optimizer, point and seed. Raises a `ValueError` that names the argument that does not do"
-    lrs, seeds = check_lrs(lrs), each_once('seeds', range(seeds) if isinstance(seeds, int) else seeds, int)
-    moms, wds = (each_once(name, vals, partial(check_hyper, k))
-        for k,name,vals in (('mom', 'momenta', momenta), ('wd', 'wds', wds)))
+    seeds = each_once('seeds', range(seeds) if isinstance(seeds, int) else seeds, int)
+    lrs = each_once('lrs', lrs, check_lr)
+    moms = each_once('momenta', momenta, partial(check_hyper, 'mom'))
+    wds = each_once('wds', wds, partial(check_hyper, 'wd'))
     if momenta is not None and moms[0] < 2/3: raise ValueError(f"momenta must be from 2/3 on, got {moms}")
-    check_int('grow', grow, 0)
     def grid(lrs): return list(itertools.product(lrs, moms, wds))
-    def beyond(lr, ratio): return [grid([float(f'{lr*ratio**k:.4g}')]) for k in range(1, grow+1) if len(lrs) > 1]
-    runs = Runs(make_learner, opts, epochs, [k for k,v in dict(mom=moms, wd=wds).items() if v != [None]], **kwargs)
-    with runs.open():
-        runs.train_all(grid(lrs), seeds, beyond(lrs[0], lrs[0]/lrs[:2][-1]), beyond(lrs[-1], lrs[-1]/lrs[-2:][0]))
-        return runs.comparison()
+    def beyond(_, lr): return grid([float(f'{lr:.4g}')])
+    edges = (min, lrs[0], lrs[0]/lrs[:2][-1]), (max, lrs[-1], lrs[-1]/lrs[-2:][0])
+    return compare_points(make_learner, opts, seeds, grid(lrs), edges, beyond, epochs=epochs, **kwargs)
 
 # %% ../nbs/16_compare.ipynb #579d9d4d
 def search_opts(
@@ -248,26 +250,19 @@ def search_opts(
     search:list=('lr', 'mom', 'wd'), # What is searched
     trials:int=32, # Number of points
     trial_seeds:int=2, # Number of seeds of each trial: 0, 1, …
-    grow:int=2, # How often a quarter of the range of lr may be added on each side, while one is best at the edge
-    **kwargs # `moms`, `metric`, `lower_is_better`, `task`, `out`, `n_workers`: as in `nadam-compare`
+    **kwargs # As in `compare_opts`; `grow`: how often a quarter of the range of lr may be added on each side
 ) -> Comparison:
     "Try all optimizers at the same points, and the best of each on fresh seeds. Raises a `ValueError`"
     for k,v in dict(seeds=seeds, trials=trials, trial_seeds=trial_seeds).items(): check_int(k, v)
-    check_int('grow', grow, 0)
-    lrs, search = check_lrs(lrs), listify(search)
+    lrs, search, tried = each_once('lrs', lrs, check_lr), listify(search), list(range(trial_seeds))
     if not search or not set(search) <= set(point_cols):
         raise ValueError(f"search must be some of lr, mom, wd, got {search}")
     if ('lr' in search) != (len(lrs) > 1):
         raise ValueError(f"lrs must be the lowest and the highest, or one if lr is not searched, got {lrs}")
-    low, high, n, tried = lrs[0], lrs[-1], math.ceil(trials/4), list(range(trial_seeds))
-    w = (high/low)**0.25
-    def strips(lr, w): return [search_points(search, (lr*w**k, lr*w**(k+1)), n) for k in range(grow) if 'lr' in search]
-    runs = Runs(make_learner, opts, epochs, search, trial_seeds=tried, **kwargs)
-    with runs.open():
-        runs.train_all(search_points(search, (low, high), trials), tried, strips(low, 1/w), strips(high, w))
-        c = runs.comparison()
-        runs.train({o: [tuple(map(none, c.best(o)))] for o in runs.opts}, range(100, 100+seeds))
-        return runs.comparison()
+    def beyond(*lrs): return search_points(search, lrs, math.ceil(trials/4))
+    low, high, w = lrs[0], lrs[-1], (lrs[-1]/lrs[0])**0.25
+    return compare_points(make_learner, opts, tried, search_points(search, (low, high), trials),
+        ((min, low, 1/w), (max, high, w)), beyond, range(100, 100+seeds), epochs=epochs, trial_seeds=tried, **kwargs)
 
 # %% ../nbs/16_compare.ipynb #e462367a
 default_opts = 'NAdam,DozatNAdam,NAdam(nesterov=False),Adam,RAdam,ranger'
@@ -303,17 +298,15 @@ def compare(
     folder = {k: v for k,v in dict(arch=arch, size=size, bs=bs).items() if v is not None}
     make, name, task_lrs, task_epochs = find_task(task, **folder)
     if quick: opts, seeds, grow = 'NAdam,Adam' if opts == default_opts else opts, min(seeds, 4), 0
-    funcs = find_opts([o for o in re.split(r',(?![^(]*\))', opts) if o.strip()]) # not at the commas in parentheses
-    if baseline not in [None, *funcs]: raise ValueError(f"baseline must be one of {', '.join(funcs)}, got {baseline!r}")
     check_int('seeds', seeds, 2)
     if n_workers is None: n_workers = {0: defaults.cpus, 1: 0}.get(torch.cuda.device_count(), torch.cuda.device_count())
     out = Path(out or f"runs/compare-{Path(name).name}{'-quick'*quick}").expanduser()
-    kw = dict(opts=funcs.values(), lrs=lrs or (task_lrs[1:3] if quick else task_lrs), seeds=seeds, grow=grow, moms=moms,
-        epochs=task_epochs if epochs is None else epochs, metric=metric, task=name, out=out, n_workers=n_workers,
-        lower_is_better=lower_is_better)
-    if search: search_opts(make, search=search.split(','), trials=trials, trial_seeds=trial_seeds, **kw)
-    else: compare_opts(make, momenta=momenta, wds=wds, **kw)
-    c = Comparison.load(out, baseline=baseline, margin=margin)
+    kw = dict(opts=[o for o in re.split(r',(?![^(]*\))', opts) if o.strip()], # not at the commas in parentheses
+        lrs=lrs or (task_lrs[1:3] if quick else task_lrs), epochs=task_epochs if epochs is None else epochs,
+        seeds=seeds, moms=moms, metric=metric, lower_is_better=lower_is_better, baseline=baseline, margin=margin,
+        grow=grow, task=name, out=out, n_workers=n_workers)
+    if search: c = search_opts(make, search=search.split(','), trials=trials, trial_seeds=trial_seeds, **kw)
+    else: c = compare_opts(make, momenta=momenta, wds=wds, **kw)
     save_fig(c.plot(), out/'results.png')
     print(f"\n{c.table().to_string()}\n\nsee {out}\n{c.verdict()}")
     return c

@@ -7,22 +7,22 @@ __all__ = ['Comparison', 'confidence_interval']
 
 # %% ../nbs/15_results.ipynb #3f20c2ad
 import csv, json, math
-from contextlib import contextmanager
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy.stats import binomtest, t as student_t
-from .cli import atomic_save, lock_folder, save_json, versions
+from .cli import atomic_save, save_json, versions
 
 # %% ../nbs/15_results.ipynb #e60b2c16
-percent = '''accuracy accuracymulti topkaccuracy foregroundacc balancedaccuracyscore errorrate hammingloss
-    zerooneloss'''.split()
-lower = percent[5:] + '''validloss trainloss loss mse rmse mae msle rmsle rmspe exprmspe mape perplexity bce nll
-    crossentropy logloss brierscore brierscoreloss wer cer'''.split()
-higher = percent[:5] + '''f1score fbetascore precisionscore recallscore jaccardscore rocaucscore averageprecisionscore
-    cohenkappascore matthewscorrcoef dice dicemulti jaccardcoeff jaccardcoeffmulti r2score explainedvariancescore
-    pearsonr spearmanr corpusbleu bleu psnr ssim'''.split()
+proportions = '''accuracy accuracymulti topkaccuracy foregroundacc balancedaccuracyscore
+    errorrate hammingloss zerooneloss'''.split()
+lower = proportions[5:] + '''validloss trainloss loss mse rmse mae msle rmsle rmspe exprmspe mape bce nll
+    perplexity crossentropy logloss brierscore brierscoreloss wer cer'''.split()
+higher = proportions[:5] + '''f1score fbetascore precisionscore recallscore jaccardscore rocaucscore dice dicemulti
+    averageprecisionscore cohenkappascore matthewscorrcoef jaccardcoeff jaccardcoeffmulti r2score pearsonr spearmanr
+    explainedvariancescore corpusbleu bleu psnr ssim'''.split()
 
 def plain_name(metric): return metric.lower().replace('_', '')
 
@@ -35,65 +35,38 @@ def find_direction(metric, lower_is_better=None):
 # %% ../nbs/15_results.ipynb #d9773c38
 point_cols = ['lr', 'mom', 'wd']
 run_cols = ['task', 'opt', *point_cols, 'seed']
-number_cols = ['train_loss', 'valid_loss', 'metric', 'test_loss', 'test_metric', 'seconds']
-result_cols = [*run_cols, 'epoch', *number_cols, 'diverged']
-types = {**dict.fromkeys(point_cols + number_cols, float), 'seed': int, 'epoch': int, 'diverged': bool}
-parse = {float: lambda s: float(s or 'nan'), int: int, str: str, bool: lambda s: bool(('False', 'True').index(s))}
+result_cols = [*run_cols, *'epoch train_loss valid_loss metric test_loss test_metric seconds diverged'.split()]
+types = {**dict.fromkeys(result_cols, float), **dict(task=object, opt=object, seed=int, epoch=int, diverged=bool)}
+parse = {float: lambda s: float(s) if s else None, int: int, object: str,
+    bool: {'True': True, 'False': False}.__getitem__}
 
-def read_rows(file, opts, epochs):
-    "The rows of whole runs as dicts. Raises a `ValueError` that names the first damaged line"
-    text, rows, runs = file.read_text(encoding='utf-8') if file.exists() else '', [], [None]
-    for line,row in enumerate(csv.DictReader(text[:text.rfind('\n')+1].splitlines()), 2):
-        try:
-            if None in row or None in row.values(): raise ValueError("more or fewer values than columns")
-            row = {k: parse[types.get(k, str)](v) for k,v in row.items()}
-            if row['opt'] not in opts or not row['lr'] > 0: raise ValueError(f"opt {row['opt']!r}, lr {row['lr']}")
-            epoch, run = len(rows)%epochs + 1, str([row[k] for k in run_cols])
-            if row['epoch'] != epoch or (run in runs if epoch == 1 else run != runs[-1]):
-                raise ValueError(f"not epoch {epoch} of a run")
-        except (ValueError, KeyError) as e: raise ValueError(f"{str(file)!r} is damaged in line {line}: {e}") from e
-        rows.append(row)
-        if epoch == 1: runs.append(run)
-    return rows[:len(rows)//epochs*epochs]
-
-def read_folder(folder):
-    "(settings, rows) of a comparison. Raises a `ValueError` if there are none"
-    try: settings = json.loads((folder/'settings.json').read_text(encoding='utf-8'))['settings']
+def read_settings(folder):
+    "Settings of a comparison. Raises a `ValueError` if there are none"
+    try: return json.loads((folder/'settings.json').read_text(encoding='utf-8'))['settings']
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"out: {str(folder)!r} has no results of a comparison: {e}") from e
-    return settings, read_rows(folder/'results.csv', settings['opts'], settings['epochs'])
 
-# %% ../nbs/15_results.ipynb #3a21178b
-class Results:
-    "Rows and settings of a comparison, in memory and, if there is an `out`, in a folder. `same` may not change"
-    def __init__(self, same, settings, out=None):
-        self.same, self.settings, self.out, self.rows = same, settings, out and Path(out), []
-    def comparison(self): return Comparison(pd.DataFrame(self.rows, columns=result_cols), **self.settings)
-    def write(self, rows, file, **kwargs):
-        pd.DataFrame(rows, columns=result_cols).to_csv(file, index=False, lineterminator='\n', **kwargs)
-    def save(self):
-        if not self.out: return
-        save_json(dict(settings=self.settings, versions=versions()), self.out/'settings.json')
-        with atomic_save(self.out/'results.csv') as f: self.write(self.rows, f, mode='wb')
-    def add(self, rows):
-        self.rows += rows
-        if self.out: self.write(rows, self.out/'results.csv', mode='a', header=False)
+def read_rows(folder, settings):
+    "The rows of whole runs as dicts. Raises a `ValueError` that names the first damaged line"
+    file, epochs, rows, seen = folder/'results.csv', settings['epochs'], [], Counter()
+    text = file.read_text(encoding='utf-8') if file.exists() else ''
+    lines = text[:text.rfind('\n')+1].splitlines()
+    for line,row in enumerate(csv.DictReader(lines, restkey='too many values', restval='too few values'), 2):
+        try:
+            seen[run := tuple(row[k] for k in run_cols)] += 1
+            row = {k: parse[types[k]](v) for k,v in row.items()}
+            if row['opt'] not in settings['opts'] or not row['epoch'] == seen[run] == len(rows)%epochs + 1:
+                raise ValueError("not the next epoch of a run")
+        except (ValueError, KeyError) as e: raise ValueError(f"{str(file)!r} is damaged in line {line}: {e}") from e
+        rows.append(row)
+    return rows[:len(rows)//epochs*epochs]
 
-    @contextmanager
-    def open(self):
-        "Have the folder alone, with what is there read. Raises a `ValueError` if that is of another comparison"
-        if not self.out: return (yield)
-        self.out.mkdir(parents=True, exist_ok=True)
-        with lock_folder(self.out):
-            if any(not o.name.startswith('.') for o in self.out.iterdir()):
-                old, self.rows = read_folder(self.out)
-                new, there = (dict(o, search='trial_seeds' in o) for o in (self.settings, old))
-                for k in [*self.same, 'search']:
-                    if there.get(k) != new[k]: raise ValueError(f"out: {str(self.out)!r} has another comparison, "
-                        f"with {k} {there.get(k)!r}, not {new[k]!r}")
-                for k in {'opts', 'trial_seeds'} & {*old}: old[k] += [o for o in new[k] if o not in old[k]]
-                self.settings = old
-            yield
+def write_rows(rows, file, **kwargs):
+    pd.DataFrame(rows, columns=result_cols).to_csv(file, index=False, lineterminator='\n', **kwargs)
+
+def write_folder(folder, settings, rows):
+    save_json(dict(settings=settings, versions=versions()), folder/'settings.json')
+    with atomic_save(folder/'results.csv') as f: write_rows(rows, f)
 
 # %% ../nbs/15_results.ipynb #be0ecb4e
 class Comparison:
@@ -117,12 +90,11 @@ class Comparison:
         self.results = results.reindex(columns=result_cols).astype(types).sort_values(ignore_index=True,
             by=['opt', *point_cols, 'seed', 'epoch'], key=lambda c: c.map(self.opts.index) if c.name == 'opt' else c)
         self.tested = bool(self.results.test_metric.notna().any())
-        self.in_points = plain_name(metric) in percent and not bool((self.results.metric > 1).any())
+        self.in_points = plain_name(metric) in proportions and not bool((self.results.metric > 1).any())
         self.what = f"{metric}{' of test data'*self.tested}, {'lower' if self.lower_is_better else 'higher'} is better"
         self.numbered = self.results.assign(point=self.results.groupby(point_cols, dropna=False).ngroup())
         self.runs = self.outcomes()
-        self.chosen = {o: self.choose(o) for o in self.opts}
-        self.judging = {o: self.outcome_tables(o, trials=False) for o in self.opts}
+        self.chosen = {o: _choose(self, o) for o in self.opts}
         base = self.difference(self.baseline)[0]
         self.margin = margin if margin is not None else 0.01 if self.in_points else 0.02*abs(base)
         end = self.runs.choose.reindex(self.judged(self.baseline).index).mean()
@@ -131,56 +103,49 @@ class Comparison:
     @classmethod
     def load(cls, folder:str|Path, **kwargs):
         "The comparison in a folder; `baseline`, `margin`, `target` as above. Raises a `ValueError` if there is none"
-        settings, rows = read_folder(Path(folder))
-        return cls(pd.DataFrame(rows, columns=result_cols), **{**settings, **kwargs})
+        folder, settings = Path(folder), read_settings(Path(folder))
+        return cls(pd.DataFrame(read_rows(folder, settings)), **{**settings, **kwargs})
 
-# %% ../nbs/15_results.ipynb #dd3504db
-@patch
-def outcomes(self:Comparison) -> pd.DataFrame: # `choose` on validation data, `judge` on the data that judge
-    "What each run is worth: one row for each, also as `c.runs`"
-    df, chance = self.numbered[self.numbered.epoch == self.numbered.epoch.max()], self.settings.get('chance')
-    def worth(col):
-        y = self.sign*df[col]
-        worst = y[np.isfinite(y) & ~df.diverged].min() if chance is None else self.sign*chance
-        return self.sign*y.mask(df.diverged | (y == -np.inf), worst).clip(lower=worst)
-    judge = worth('test_metric' if self.tested else 'metric')
-    return df[run_cols + ['point', 'diverged']].assign(choose=worth('metric'), judge=judge)
+    def outcomes(self) -> pd.DataFrame: # `choose` on validation data, `judge` on the data that judge
+        "What each run is worth: one row for each, also as `c.runs`"
+        df, chance = self.numbered[self.numbered.epoch == self.numbered.epoch.max()], self.settings.get('chance')
+        def worth(col):
+            y = self.sign*df[col]
+            worst = y[np.isfinite(y) & ~df.diverged].min() if chance is None else self.sign*chance
+            return self.sign*y.mask(df.diverged | (y == -np.inf), worst).clip(lower=worst)
+        return df.assign(choose=worth('metric'), judge=worth('test_metric' if self.tested else 'metric'))
 
 # %% ../nbs/15_results.ipynb #e4ab1655
 def _top(means): return np.flatnonzero(means >= means.max() - 1e-9*abs(means).max()) # the greatest, up to rounding
 
-@patch
-def outcome_tables(self:Comparison, opt, trials):
+def _tables(self, opt, trials):
     "Outcomes, seeds × points, on the data that choose and on those that judge; greater is better, nothing is missing"
     runs, trial_seeds = self.runs[self.runs.opt == opt], self.settings.get('trial_seeds')
     if trial_seeds:
         runs = runs[runs.seed.isin(trial_seeds) == trials]
-        if not trials: runs = runs[runs.point == self.chosen[opt][0]]
+        if not trials: runs = runs[runs.point.isin(self.chosen[opt][:1])]
     choose, judge = (self.sign*runs.pivot(index='seed', columns='point', values=k) for k in ('choose', 'judge'))
     there = (choose + judge).notna()
     there = there.loc[:, 2*there.sum() >= len(there)] # no points that lack most seeds, and no seeds that lack a point
     seeds = there.index[there.all(axis=1)] if there.size else []
     return choose.loc[seeds, there.columns], judge.loc[seeds, there.columns]
 
-@patch
-def choose(self:Comparison, opt):
-    "(number of the best point, those that tie with it); (None, []) if there is none"
-    table, _ = self.outcome_tables(opt, trials=True)
-    if not table.size: return None, []
-    first, *ties = table.columns[_top(table.mean().to_numpy())]
-    return first, ties
+def _choose(self, opt):
+    "Numbers of the best point and of those that tie with it, if there are any"
+    table, _ = _tables(self, opt, trials=True)
+    return list(table.columns[_top(table.mean().to_numpy())]) if table.size else []
 
 @patch
 def best(self:Comparison, opt:str) -> tuple:
     "The best point (lr, mom, wd) of an optimizer; NaN where it was not set"
-    found = self.runs.loc[self.runs.point == self.chosen[opt][0], point_cols].to_numpy()
-    return tuple(map(float, found[0])) if len(found) else (math.nan,)*3
+    found = self.runs.loc[self.runs.point.isin(self.chosen[opt][:1]), point_cols]
+    return next(found.itertuples(index=False, name=None), (math.nan,)*3)
 
 @patch
 def judged(self:Comparison, opt:str) -> pd.DataFrame:
     "The `results` that judge an optimizer: those at its best point, in a search on the fresh seeds only"
-    df, best = self.numbered[self.numbered.opt == opt], self.chosen[opt][0]
-    return df[((df.point == best) | (best is None)) & ~df.seed.isin(self.settings.get('trial_seeds', []))]
+    df, best = self.numbered[self.numbered.opt == opt], self.chosen[opt][:1]
+    return df[(df.point.isin(best) | (not best)) & ~df.seed.isin(self.settings.get('trial_seeds', []))]
 
 # %% ../nbs/15_results.ipynb #af650395
 def confidence_interval(
@@ -205,35 +170,33 @@ def corrected(choose, judge, draws):
 @patch
 def difference(self:Comparison, opt:str, base:str|None=None) -> tuple: # (difference, half of its interval, seeds)
     "How much the best of `opt` is above that of `base`, seed by seed, less what choosing adds. No `base`: its value"
-    tables = [self.judging[o] for o in (opt, base) if o]
+    tables = [_tables(self, o, trials=False) for o in (opt, base) if o]
     seeds = tables[0][0].index.intersection(tables[-1][0].index)
     if not (n := len(seeds)): return math.nan, math.nan, 0
     draws = np.random.default_rng(0).multinomial(n, [1/n]*n, 4000)/n
-    mean, means, x = zip(*(corrected(*(t.loc[seeds].to_numpy() for t in pair), draws) for pair in tables))
-    if base: mean, means, x = ([a-b] for a,b in (mean, means, x))
-    return self.sign*mean[0], confidence_interval(x[0], means[0])[1], n
+    found = (corrected(*(t.loc[seeds].to_numpy() for t in pair), draws) for pair in tables)
+    mean, means, x = map(np.subtract.reduce, zip(*found)) # a single one stays as it is
+    return self.sign*mean, confidence_interval(x, means)[1], n
 
 # %% ../nbs/15_results.ipynb #db619e28
 @patch
 def time_to_target(self:Comparison, opt:str) -> pd.DataFrame: # Columns `epochs` and `seconds`, a row for each seed
     "Epochs, and seconds of training, until each judged run first reached the target; inf if it did not"
-    runs = self.judged(opt).sort_values(['seed', 'epoch'])
-    runs = runs.assign(seconds=runs.groupby('seed').seconds.cumsum())
-    hit = runs[self.sign*runs.metric >= self.sign*self.target].groupby('seed')[['epoch', 'seconds']].first()
-    return hit.astype(float).reindex(runs.seed.unique(), fill_value=math.inf).rename(columns=dict(epoch='epochs'))
+    runs = self.judged(opt)
+    runs = runs.assign(epochs=runs.epoch.astype(float), seconds=runs.groupby('seed').seconds.cumsum())
+    hit = runs[self.sign*runs.metric >= self.sign*self.target].groupby('seed')[['epochs', 'seconds']].first()
+    return hit.reindex(runs.seed.unique(), fill_value=math.inf)
 
 def p_values(diff, half, n, margin):
     "Of no difference, and of one of `margin` or more: the larger of two one-sided tests"
-    if n < 2: return math.nan, math.nan
-    se, t = max(half/student_t.ppf(0.975, n-1), 1e-12), student_t(n-1)
+    t = student_t(n-1)
+    se = np.maximum(half/t.ppf(0.975), 1e-12)
     return 2*t.sf(abs(diff)/se), t.sf((margin - abs(diff))/se)
 
 def holm(p):
     "Holm's correction of p-values, of which those that are NaN do not count"
-    order = np.argsort(p)[:np.isfinite(p).sum()]
-    res = np.full(len(p), math.nan)
-    res[order] = np.maximum.accumulate(np.asarray(p)[order]*np.arange(len(order), 0, -1)).clip(max=1)
-    return res
+    p = pd.Series(np.asarray(p)).sort_values() # NaN is last
+    return (p*(p.count() - np.arange(len(p)))).cummax().clip(upper=1).sort_index().to_numpy()
 
 # %% ../nbs/15_results.ipynb #f2ea9572
 @patch
@@ -243,17 +206,16 @@ def summary(self:Comparison) -> pd.DataFrame: # A row for each optimizer
     for o in self.opts:
         (value, interval, n), runs, to = self.difference(o), self.judged(o), self.time_to_target(o).median()
         diff, half, n = (math.nan, math.nan, n) if o == self.baseline else self.difference(o, self.baseline)
+        p, p_equal = p_values(diff, half, n, self.margin)
         dead = runs[runs.epoch == runs.epoch.max()].diverged
-        wilson = binomtest(int(dead.sum()), len(dead)).proportion_ci(method='wilson') if len(dead) else (math.nan,)*2
+        low, high = binomtest(dead.sum(), len(dead)).proportion_ci(method='wilson') if len(dead) else (math.nan,)*2
         rows[o] = dict(zip(point_cols, self.best(o)), value=value, interval=interval, diff=diff, diff_interval=half,
-            **dict(zip(('p', 'p_equal'), p_values(diff, half, n, self.margin))), seeds=n, runs=len(dead),
-            diverged=dead.sum(), **dict(zip(('diverged_low', 'diverged_high'), wilson)),
+            p=p, p_equal=p_equal, seeds=n, runs=len(dead), diverged=dead.sum(), diverged_low=low, diverged_high=high,
             epochs_to_target=to.epochs, seconds_to_target=to.seconds, seconds_per_epoch=runs.seconds.mean())
     df = pd.DataFrame.from_dict(rows, orient='index').rename_axis('opt')
     return df.assign(p=holm(df.p), p_equal=holm(df.p_equal))
 
-@patch
-def plus_minus(self:Comparison, value, half, sign=''):
+def _plus_minus(self, value, half, sign=''):
     if math.isnan(value): return '–'
     if self.in_points: value, half = 100*value, 100*half
     digits = 2 if self.in_points else min(9, max(0, 1-math.floor(math.log10(half)))) if 0 < half < math.inf else 4
@@ -264,7 +226,7 @@ def table(self:Comparison) -> pd.DataFrame: # Of strings
     "`summary` for reading"
     s, unit = self.summary(), f"{self.metric}{' (%)'*self.in_points}{' of test data'*self.tested}"
     return pd.DataFrame({o: {**{f'best {k}': f'{r[k]:.4g}' for k in point_cols if s[k].notna().any()},
-        unit: self.plus_minus(r.value, r.interval), 'difference': self.plus_minus(r['diff'], r.diff_interval, '+'),
+        unit: _plus_minus(self, r.value, r.interval), 'difference': _plus_minus(self, r['diff'], r.diff_interval, '+'),
         'p': '–' if math.isnan(r.p) else f'{r.p:.2g}', 'seeds': f'{r.seeds:.0f}',
         'diverged': f'{r.diverged:.0f} of {r.runs:.0f}', 'epochs to target': f'{r.epochs_to_target:g}',
         'seconds per epoch': f'{r.seconds_per_epoch:.2g}'} for o,r in s.iterrows()}).T.rename_axis('opt')
@@ -277,9 +239,10 @@ def verdict(self:Comparison) -> str:
     points = ' points'*self.in_points
     margin = f"{100*self.margin:g} point{'s'*(self.margin != 0.01)}" if self.in_points else f'{self.margin:.2g}'
     for o,r in s.drop(base).iterrows():
-        by, d = (self.plus_minus(f(r['diff']), r.diff_interval, sign) + points for f,sign in ((abs, ''), (float, '+')))
+        d = _plus_minus(self, r['diff'], r.diff_interval, '+') + points
         if math.isnan(r['diff']) or (s.diverged == s.runs)[[o, base]].all(): none.append(o)
-        elif r.p < 0.05: shown.append(f"{o} is {'better' if self.sign*r['diff'] > 0 else 'worse'} than {base} by {by}")
+        elif r.p < 0.05:
+            shown.append(f"{o} is {'better' if self.sign*r['diff'] > 0 else 'worse'} than {base} by {d[1:]}")
         else: (equal if r.p_equal < 0.05 else neither).append(f'{o} ({d})')
     if equal: shown.append(f"equal to {base} within {margin}: {', '.join(equal)}")
     if neither: shown += [f"no difference shown between {base} and {', '.join(neither)}",
@@ -288,17 +251,16 @@ def verdict(self:Comparison) -> str:
     n = int(s.seeds.max())
     how = f"{self.what}, {n} seed{'s'*(n != 1)}, 95 % intervals"
     if len(s) > 2: how += f", Holm's correction for {len(s)-1} comparisons"
-    return '. '.join([f"{'; '.join(shown) or f'nothing to compare {base} with'} ({how})", *self.notes(s)])
+    return '. '.join([f"{'; '.join(shown) or f'nothing to compare {base} with'} ({how})", *_notes(self, s)])
 
-@patch
-def notes(self:Comparison, summary):
+def _notes(self, summary):
     "What one should know beside the differences"
     edges, ties, gone = [], [], []
     for o,r in summary.iterrows():
         tried, best = self.runs[self.runs.opt == o], dict(zip(point_cols, self.best(o)))
         edges += [f"{k} {v:.4g} of {o} ({which}imum)" for k,v in best.items() for which in ('min', 'max')
             if tried[k].nunique() > 1 and v == tried[k].agg(which)]
-        lrs = [f'{tried[tried.point == i].lr.iloc[0]:.4g}' for i in self.chosen[o][1]]
+        lrs = [f'{tried[tried.point == i].lr.iloc[0]:.4g}' for i in self.chosen[o][1:]]
         if lrs: ties.append(f"{best['lr']:.4g} and {', '.join(lrs)} of {o}")
         rate = f'({r.diverged_low:.0%} to {r.diverged_high:.0%})'
         if r.diverged: gone.append(f"{r.diverged:.0f} of {r.runs:.0f} of {o} {rate}")

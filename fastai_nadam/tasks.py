@@ -6,7 +6,7 @@
 __all__ = ['tensor_dls', 'find_task']
 
 # %% ../nbs/14_tasks.ipynb #862a3d8a
-import importlib, operator
+import importlib
 from functools import lru_cache
 
 from fastai.vision.all import *
@@ -27,57 +27,45 @@ def tensor_dls(
     return DataLoaders(dl(*sets[0], bs=bs, shuffle=True, drop_last=True), *(dl(*o, bs=1000) for o in sets[1:]))
 
 # %% ../nbs/14_tasks.ipynb #e1f0a9d2
-def split_sets(x, y, *sizes):
-    "Random items of each size, always the same"
+def split_dls(x, y, sizes, bs):
+    "`DataLoaders` of random items, always the same: for training, for validation and for test"
     parts = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).split(sizes)
-    return [(x[i], y[i]) for i in parts]
+    return tensor_dls(*((x[i], y[i]) for i in parts), bs=bs)
+
+def classifier(dls, model, opt_func): return Learner(dls, model, CrossEntropyLossFlat(), opt_func, metrics=accuracy)
 
 # %% ../nbs/14_tasks.ipynb #952f644d
-@lru_cache
-def digits_sets() -> list: # (images, classes) for training, validation and test
-    x, y = map(tensor, load_digits(return_X_y=True))
-    return split_sets((x/16 - 0.3).float().view(-1, 1, 8, 8), y.long(), 1437, 180, 180)
-
 def digits_learner(opt_func):
     "A `Learner` of the handwritten digits, with a small xresnet"
+    x, y = map(tensor, load_digits(return_X_y=True))
     model = XResNet(ResBlock, 1, [1,1,1,1], c_in=1, n_out=10, stem_szs=(8,8,64), widen=1/4)
     model[3] = nn.Identity() # max-pooling
-    return Learner(tensor_dls(*digits_sets(), bs=128), model, CrossEntropyLossFlat(), opt_func, metrics=accuracy)
+    dls = split_dls((x/16 - 0.3).float().view(-1, 1, 8, 8), y.long(), (1437, 180, 180), bs=128)
+    return classifier(dls, model, opt_func)
 
 # %% ../nbs/14_tasks.ipynb #d2482887
-@lru_cache
-def cancer_sets() -> list: # (numbers, classes) for training, validation and test
-    x, y = map(tensor, load_breast_cancer(return_X_y=True))
-    return split_sets(((x - x.mean(0))/x.std(0)).float(), y.long(), 379, 95, 95)
-
 def tabular_task_learner(opt_func):
     "A `Learner` of scikit-learn's breast-cancer table"
+    x, y = map(tensor, load_breast_cancer(return_X_y=True))
     layers = [LinBnDrop(i, o, act=nn.ReLU(inplace=True)) for i,o in ((30, 64), (64, 32))]
     model = nn.Sequential(nn.BatchNorm1d(30), *layers, nn.Linear(32, 2))
-    return Learner(tensor_dls(*cancer_sets(), bs=32), model, CrossEntropyLossFlat(), opt_func, metrics=accuracy)
+    dls = split_dls(((x - x.mean(0))/x.std(0)).float(), y.long(), (379, 95, 95), bs=32)
+    return classifier(dls, model, opt_func)
 
 # %% ../nbs/14_tasks.ipynb #22501fb1
-@lru_cache
-def topics_sets() -> tuple: # (inputs, targets) for training, validation and test; number of different characters
-    "The beginning of Python's help texts: pieces × 20 characters, as numbers"
-    from pydoc_data.topics import topics
-    text = '\n'.join(topics[k] for k in sorted(topics))[:12_901]
-    vocab = {c: i for i,c in enumerate(sorted(set(text)))}
-    t = tensor([vocab[c] for c in text])
-    x, y = t[:-1].view(-1, 20), t[1:].view(-1, 20)
-    return *((x[a:b], y[a:b]) for a,b in ((0, 510), (510, 600), (600, 645))), len(vocab)
-
-class CharGRU(Module):
-    "A character-level language model"
-    def __init__(self, n_chars):
-        self.emb, self.rnn = nn.Embedding(n_chars, 32), nn.GRU(32, 32, batch_first=True)
-        self.out = nn.Linear(32, n_chars)
-    def forward(self, x): return self.out(self.rnn(self.emb(x))[0])
+class OutputGRU(nn.GRU):
+    "A GRU that gives its outputs, without the last state"
+    def forward(self, x): return super().forward(x)[0]
 
 def text_task_learner(opt_func):
     "A `Learner` of a character-level language model; its accuracy is that of the next character"
-    *sets, n_chars = topics_sets()
-    return Learner(tensor_dls(*sets, bs=32), CharGRU(n_chars), CrossEntropyLossFlat(), opt_func, metrics=accuracy)
+    from pydoc_data.topics import topics
+    text = '\n'.join(topics[k] for k in sorted(topics))[:12_901]
+    chars = sorted(set(text))
+    t, n = tensor([chars.index(c) for c in text]), len(chars)
+    sets = zip(*(o.view(-1, 20).split((510, 90, 45)) for o in (t[:-1], t[1:])))
+    model = nn.Sequential(nn.Embedding(n, 32), OutputGRU(32, 32, batch_first=True), nn.Linear(32, n))
+    return classifier(tensor_dls(*sets, bs=32), model, opt_func)
 
 # %% ../nbs/14_tasks.ipynb #ee4540d4
 tasks = dict(digits=digits_learner, tabular=tabular_task_learner, text=text_task_learner)
@@ -93,14 +81,8 @@ def folder_dls(path, size, bs):
     # with no random number drawn, so that the first run of a process has the weights of the others
     with no_random(): return image_dls(files, size, bs, num_workers=0)
 
-def folder_learner(
-    opt_func, # Optimizer
-    path:str|Path, # Folder with images in `train/<class>/` and `val/<class>/`
-    arch:str='xresnet18', # Network, as in `nadam-train`
-    size:int=64, # Side of the square images, in pixels
-    bs:int=64 # Images per batch
-) -> Learner:
-    "A `Learner` of a folder of images"
+def folder_learner(opt_func, path, arch='xresnet18', size=64, bs=64):
+    "A `Learner` of a folder of images, shown as squares of `size` pixels, with a network of `nadam-train`'s"
     return image_learner(folder_dls(path, size, bs), arch, opt_func)
 
 # %% ../nbs/14_tasks.ipynb #2a18c68a
@@ -149,7 +131,7 @@ def check_learner(make_learner, opt_funcs):
     first, *others = (seed_learner(make_learner, f, 0) for f in [opt_funcs[0], *opt_funcs])
     ps = list(first.model.parameters())
     for qs in (list(o.model.parameters()) for o in others):
-        if any(map(operator.is_, ps, qs)): raise ValueError("make_learner must make a new model each time")
+        if {*ps} & {*qs}: raise ValueError("make_learner must make a new model each time")
         if len(ps) != len(qs) or not all(map(torch.equal, ps, qs)):
             raise ValueError("make_learner must give the same initial weights after the same seed")
     if len(first.dls.loaders) < 2: raise ValueError("make_learner must return a Learner with validation data")

@@ -239,6 +239,11 @@ def test_a_search_tries_the_same_points_and_judges_on_fresh_seeds(tmp_path):
     with pytest.raises(ValueError, match='another comparison, with search True, not False'):
         compare(partial(tiny, test=True), task='tiny', out=tmp_path)
 
+def test_a_search_in_the_folder_of_a_grid_is_refused(tmp_path):
+    compare(opts=['Adam'], out=tmp_path)
+    with pytest.raises(ValueError, match='another comparison, with search False, not True'):
+        search_opts(tiny, ['Adam'], (1e-2, 1e-1), 2, out=tmp_path)
+
 def test_points_of_a_search():
     some = search_points(['mom', 'lr'], (1e-4, 1), 16)
     assert search_points(['mom', 'lr'], (1e-4, 1), 64)[:16] == some and {p[2] for p in some} == {None}
@@ -306,6 +311,7 @@ def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat
     (dict(moms=(.9, .8)), 'moms must be three numbers'),
     (dict(moms=.9, momenta=[.9]), 'momenta cannot be compared'),
     (dict(grow=-1), 'grow must be'),
+    (dict(baseline='SGD'), "baseline must be one of NAdam, NAdam(nesterov=False), Adam, got 'SGD'"),
     (dict(n_workers=-1), 'n_workers must be')], ids=name)
 def test_what_cannot_be_compared_is_refused(changed, msg, tmp_path):
     out = tmp_path/'out'

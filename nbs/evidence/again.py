@@ -20,5 +20,6 @@ if __name__ == '__main__':
         for length,epochs in lengths.items():
             for name in names:
                 make = getattr(tasks, name)
-                compare.search_opts(make, [NAdam, partial(NAdam, nesterov=False)], make.lrs, epochs, seeds=30, trials=32,
-                    trial_seeds=2, grow=0, task=name, out=out/f'{length}-{k}'/name, n_workers=2)
+                opts = NAdam, partial(NAdam, nesterov=False)
+                compare.search_opts(make, opts, make.lrs, epochs, seeds=30, trials=32, trial_seeds=2, grow=0,
+                    task=name, out=out/f'{length}-{k}'/name, n_workers=2)
