@@ -97,6 +97,13 @@ def test_expected_best_is_the_mean_over_all_choices(stats, rng=np.random.default
         brute = np.mean([test[min(c, key=tune.__getitem__)] for c in combinations(range(7), n)])
         assert abs(stats.expected_best(tune, test, n) - brute) < 1e-12
 
+def test_repeated_searches_are_pooled_by_their_spread(stats, rng=np.random.default_rng()):
+    y = rng.normal(1, 3, (4, 2)) # searches × tasks
+    got = stats.repeated([pd.DataFrame(dict(diff=o, se=9, n=30), index=['s', 't']) for o in y])
+    ci = ttest_1samp(y, 0).confidence_interval()
+    np.testing.assert_allclose(got['diff'], y.mean(0))
+    np.testing.assert_allclose(stats.half_width(got), (ci.high - ci.low)/2)
+
 def test_holm(stats): assert stats.holm([.04, .01, .03]) == pytest.approx([.06, .03, .06])
 
 def test_times_to_target_are_interpolated_within_an_epoch(stats):
@@ -128,6 +135,7 @@ def test_effects_are_paired_on_new_seeds_and_diverged_runs_count_as_the_worst(st
 run_cols = ['opt', 'lr', 'mom', 'wd', 'seed']
 # epochs, points, seeds, new seeds
 plan = dict(landscape=(8, 30, 2, 0), short=(2, 32, 2, 30), middle=(8, 32, 2, 30), long=(32, 16, 1, 10))
+plan.update({f'{k}-{i}': plan[k] for k in ('short', 'middle') for i in (1, 2, 3)})
 
 @pytest.mark.parametrize('folder', plan)
 def test_the_stored_results_are_those_of_the_protocol(stats, folder):
@@ -151,6 +159,13 @@ def test_the_stored_results_are_those_of_the_protocol(stats, folder):
         ok = df[~df.diverged]
         assert np.isfinite(ok[['train_loss', 'valid_loss', 'test_loss']]).all().all()
 
+@pytest.mark.parametrize('length', ['short', 'middle'])
+def test_repeated_searches_have_points_of_their_own(stats, length):
+    for task in stats.names:
+        dfs = [stats.load(k, [task]) for k in (length, *(f'{length}-{i}' for i in (1, 2, 3)))]
+        tried = [set(df.loc[df.seed < 100, stats.point].itertuples(index=False, name=None)) for df in dfs]
+        assert len(set.union(*tried)) == 4*32
+
 @pytest.fixture(scope='module')
 def summary():
     with pytest.MonkeyPatch.context() as m:
@@ -165,7 +180,7 @@ def test_the_first_screen_is_computed_from_the_stored_results(summary):
         for k in summary.ends) >= 2)
 
 def test_effects_are_drawn_to_one_scale_and_each_beside_its_name(summary):
-    summary.plot_effects()
+    summary.plot_effects(summary.measured)
     fig = plt.gcf()
     names, *others = ([o.get_text() for o in ax.get_yticklabels() if o.get_visible()] for ax in fig.axes)
     assert names == [*summary.names, 'all tasks'] and others == [[], []]

@@ -60,6 +60,13 @@ def half_width(
     "Half of the 95 % interval of an effect, by Student's t"
     return e.se*student_t.ppf(0.975, e.n-1)
 
+def repeated(
+    searches:list # Tables from `effects`, one for each search
+) -> pd.DataFrame: # Index task; `diff` and its `se` in per cent of the loss, `n` searches
+    "Effects as means over searches that differ in their points only"
+    d = pd.concat([e['diff'] for e in searches], axis=1)
+    return pd.DataFrame(dict(diff=d.mean(axis=1), se=d.sem(axis=1), n=d.count(axis=1)))
+
 def trial_weights(
     n_points:int, # Number of points that were tried
     n:int # Number of trials

@@ -7,6 +7,7 @@ dfs = {k: load(k) for k in ('short', 'middle', 'long')}
 ends = {k: finals(df) for k,df in dfs.items()}
 points = {k: f[f.seed < 100].groupby(['task', 'opt', *point])[['tune', 'test']].mean() for k,f in ends.items()}
 trials = {k: int(m.groupby(['task', 'opt']).size().max()) for k,m in points.items()}
+measured = {k: effects(f) for k,f in ends.items()}
 at5, end, equal = ({k: pool(e(f), level) for k,f in ends.items()} for e,level in
     ((lambda f: trial_effects(f, 5), .95), (effects, .95), (effects, .90)))
 
@@ -17,7 +18,7 @@ def adam_loss(k): return ends[k].query('seed >= 100 and opt == @adam').groupby('
 def doublings():
     "NAdam's effect at the middle horizon, in per cent and in doublings of exact Adam's training"
     doubling = 50*(adam_loss('long') - adam_loss('middle')) # from 8 epochs to 32: two of them
-    d = pd.DataFrame({'effect (%)': effects(ends['middle'])['diff'], 'a doubling (%)': doubling})
+    d = pd.DataFrame({'effect (%)': measured['middle']['diff'], 'a doubling (%)': doubling})
     return d.reindex(names).assign(**{'effect in doublings': d.iloc[:,0]/d.iloc[:,1]})
 
 def trials_gain(n):
@@ -84,12 +85,17 @@ lower that their mean is not known well.
 | what is worth more? | tuning: 5 trials in place of 1 lower exact Adam's loss by {gain5:.0f} %, 32 by {gain32:.0f} % |
 """
 
-def plot_effects():
-    "NAdam's effect on each task and over all, a panel for each length of training, with 95 % intervals"
-    fig, axs = plt.subplots(1, len(ends), figsize=(9.5, 3.4), layout='constrained', sharex=True, sharey=True)
-    for ax,(k,p) in zip(axs, end.items()):
-        e, y = effects(ends[k]), len(names) + 0.3
+def plot_effects(
+    tables:dict, # Length of training → table from `effects` or `repeated`; a panel for each
+    searches:dict={} # Length of training → tables of single searches, drawn beside
+):
+    "NAdam's effect on each task and over all, with 95 % intervals"
+    size = (2 + 2.5*len(tables), 3.4)
+    fig, axs = plt.subplots(1, len(tables), figsize=size, layout='constrained', sharex=True, sharey=True)
+    for ax,(k,e) in zip(axs, tables.items()):
+        p, y = pool(e), len(names) + 0.3
         ax.axvline(0, color='0.6', lw=1)
+        for o in searches.get(k, []): ax.plot(o['diff'], o.index.map(names.index), 'o', color='0.65', ms=4)
         ax.errorbar(e['diff'], e.index.map(names.index), xerr=half_width(e), fmt='o', color='k', ms=4, capsize=2)
         half = [[p['mean'] - p.low], [p.high - p['mean']]]
         ax.errorbar(p['mean'], y, xerr=half, fmt='D', color='C0', ms=7, capsize=4)
