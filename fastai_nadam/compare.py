@@ -8,14 +8,14 @@ __all__ = ['compare_opts', 'search_opts']
 # %% ../nbs/16_compare.ipynb #96fda386
 import ast, signal, threading, time
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import current_process, get_context, parent_process
 
 from fastai.vision.all import *
 from scipy.stats import qmc
 from .cli import check_int, cli, has_bars, lock_folder, save_fig
 from .rules import check_hyper
-from .results import Comparison, find_direction, point_cols
+from .results import Comparison, check_margin, find_direction, plain_name, point_cols
 from .results import read_rows, read_settings, write_folder, write_rows
 from .tasks import check_learner, find_task, seed_learner
 from .train import opt_funcs, parse_moms
@@ -37,6 +37,10 @@ def parse_opt(s):
     names = ', '.join(opt_funcs)
     raise ValueError(f"opts: no optimizer {s!r}; there are {names}, with arguments if you like: NAdam(eps=1e-6)")
 
+def bare(f):
+    "An `opt_func` without the arguments that `partial`s give it, but for those that are functions themselves"
+    return partial(f.func, **{k: bare(v) for k,v in f.keywords.items() if callable(v)}) if isinstance(f, partial) else f
+
 def find_opts(opts, fixed=('lr', 'mom')):
     "Optimizers by name. Raises a `ValueError` if one makes no step, or has an argument in `fixed`"
     funcs = [parse_opt(o) if isinstance(o, str) else o for o in listify(opts)]
@@ -44,15 +48,18 @@ def find_opts(opts, fixed=('lr', 'mom')):
     if not res: raise ValueError("opts must have one value or more, got none")
     if len(res) < len(funcs): raise ValueError(f"opts has a value twice: {', '.join(map(opt_name, funcs))}")
     for name,f in res.items():
-        for k in set(fixed) & set(getattr(f, 'keywords', ())):
-            other = dict(lr='lrs', mom='moms or momenta', wd='wds')[k]
-            raise ValueError(f"opts: {name} would not keep its {k}, since the schedule sets it; use {other}")
         p = nn.Parameter(torch.ones(2))
         p.grad = torch.ones(2)
         try:
-            f([p], lr=0.1).step()
+            (opt := f([p], lr=0.1)).step()
             if not torch.isfinite(p).all(): raise ValueError(f"its first step leads from 1 to {p[0]:g}")
         except Exception as e: raise ValueError(f"opts: {name} does not work: {str(e) or repr(e)}") from e
+        changed = {*getattr(f, 'keywords', ())}
+        with suppress(Exception): # where it is not one of fastai's
+            changed |= {k for k,v in bare(f)([p], lr=0.1).hypers[0].items() if opt.hypers[0][k] != v}
+        for k in {*fixed} & changed:
+            other = dict(lr='lrs', mom='moms or momenta', wd='wds')[k]
+            raise ValueError(f"opts: {name} would not keep its {k}, since the schedule sets it; use {other}")
     return res
 
 # %% ../nbs/16_compare.ipynb #1740cb37
@@ -81,14 +88,16 @@ def check_lr(lr):
 
 # %% ../nbs/16_compare.ipynb #4f21756e
 def all_finite(learn):
-    loss = getattr(learn, 'smooth_loss', tensor(0.))
-    return all(bool(torch.isfinite(o).all()) for o in (loss, *learn.model.parameters()))
+    return all(torch.isfinite(o).all() for o in (getattr(learn, 'smooth_loss', tensor(0.)), *learn.model.parameters()))
 
-def rounded(x): return math.nan if x is None else float(f'{float(x):.6g}')
+def rounded(x):
+    try: return float(f'{float(x):.6g}')
+    except (TypeError, ValueError): return math.nan # a metric that is None, or several numbers
 
 def evaluate(learn, i):
-    "Loss and metrics on the `i`th loader, by name"
-    with learn.no_bar(), learn.no_logging(): values = learn.validate(dl=learn.dls[i])
+    "Loss and metrics on the `i`th loader, by name, without callbacks that follow the epochs of a fit"
+    with learn.no_bar(), learn.no_logging(), learn.removed_cbs(learn.cbs.filter(risinstance(TrackerCallback))):
+        values = learn.validate(dl=learn.dls[i])
     return dict(zip(['valid_loss', *(m.name for m in learn.metrics)], map(rounded, values)))
 
 class WatchEpochs(Callback):
@@ -113,7 +122,8 @@ def fit_once(make_learner, opt_funcs, settings, seed, opt, point):
     logs = [dict(zip(learn.recorder.metric_names[1:], map(rounded, o))) for o in learn.recorder.values]
     rows = [dict(run, epoch=i, train_loss=log['train_loss'], valid_loss=log['valid_loss'], metric=log[metric],
         seconds=rounded(s), diverged=False) for i,(log,s) in enumerate(zip(logs, watch.seconds), 1)]
-    rows += [dict(run, epoch=i, diverged=True) for i in range(len(rows)+1, epochs+1)]
+    rest = dict(rows[-1], seconds=0.) if rows and all_finite(learn) else dict(run, diverged=True) # a callback ended it
+    rows += [dict(rest, epoch=i) for i in range(len(rows)+1, epochs+1)]
     if not rows[-1]['diverged'] and len(learn.dls.loaders) > 2:
         test = evaluate(learn, 2)
         rows[-1].update(test_loss=test['valid_loss'], test_metric=test[metric])
@@ -154,7 +164,8 @@ def new_settings(make_learner, funcs, epochs, moms=None, metric=None, lower_is_b
     "What a comparison is of. Raises a `ValueError` that names the argument that does not do"
     check_int('epochs', epochs)
     learn = check_learner(make_learner, list(funcs.values()))
-    start, metric = evaluate(learn, 1), metric or 'valid_loss'
+    start = evaluate(learn, 1)
+    metric = next((k for k in start if plain_name(k) == plain_name(metric or 'valid_loss')), metric)
     if metric not in start: raise ValueError(f"metric must be one of {', '.join(start)}, got {metric!r}")
     return dict(opts=list(funcs), task=task or opt_name(make_learner), epochs=epochs, metric=metric,
         moms=None if moms is None else list(parse_moms(moms)), lower_is_better=find_direction(metric, lower_is_better),
@@ -196,8 +207,8 @@ def train_missing(folder, settings, fit, n_workers, runs):
 def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), baseline=None, margin=None, grow=2,
     out=None, n_workers=0, **kwargs):
     "Train at `points`, then at those `beyond` an edge while an optimizer is best there, then the best on `fresh` seeds"
-    check_int('grow', grow, 0)
-    check_int('n_workers', n_workers, 0)
+    for k,v in dict(grow=grow, n_workers=n_workers).items(): check_int(k, v, 0)
+    check_margin(margin)
     tried = {k for p in points for k,v in zip(point_cols, p) if v is not None}
     if 'mom' in tried and kwargs.get('moms') is not None:
         raise ValueError("moms is one schedule: momenta cannot be compared")
@@ -209,9 +220,8 @@ def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), b
         for edge,lr,factor in edges:
             for _ in range(grow):
                 more, lr, c = beyond(lr, lr*factor), lr*factor, Comparison.load(folder)
-                tried = set(c.results.lr)
-                there = not tried.isdisjoint(o for o,*_ in more) # earlier seeds or optimizers needed them
-                if not there and edge(tried) not in [c.best(o)[0] for o in funcs]: break
+                there = c.results.lr.isin([o for o,*_ in more]).any() # earlier seeds or optimizers needed them
+                if not there and edge(c.results.lr) not in [c.best(o)[0] for o in funcs]: break
                 train(itertools.product(seeds, funcs, more))
         c = Comparison.load(folder)
         best = [(o, tuple(None if math.isnan(v) else v for v in c.best(o))) for o in funcs]
@@ -255,8 +265,7 @@ def search_opts(
     "Try all optimizers at the same points, and the best of each on fresh seeds. Raises a `ValueError`"
     for k,v in dict(seeds=seeds, trials=trials, trial_seeds=trial_seeds).items(): check_int(k, v)
     lrs, search, tried = each_once('lrs', lrs, check_lr), listify(search), list(range(trial_seeds))
-    if not search or not set(search) <= set(point_cols):
-        raise ValueError(f"search must be some of lr, mom, wd, got {search}")
+    if not search or {*search} - {*point_cols}: raise ValueError(f"search must be some of lr, mom, wd, got {search}")
     if ('lr' in search) != (len(lrs) > 1):
         raise ValueError(f"lrs must be the lowest and the highest, or one if lr is not searched, got {lrs}")
     def beyond(*lrs): return search_points(search, lrs, math.ceil(trials/4))
@@ -312,9 +321,7 @@ def compare(
     return c
 
 # %% ../nbs/16_compare.ipynb #e462367b
-def main(
-    argv:list|None=None # Arguments; None: those of the process
-) -> int: # Exit code
+def main(argv:list|None=None) -> int:
     "`nadam-compare`"
     code = cli(compare, 'nadam-compare', argv)
     if code == 130: print('The same command with the same out resumes.')

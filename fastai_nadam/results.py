@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy.stats import binomtest, t as student_t
 from .cli import atomic_save, save_json, versions
+from .rules import check_number
 
 # %% ../nbs/15_results.ipynb #e60b2c16
 proportions = '''accuracy accuracymulti topkaccuracy foregroundacc balancedaccuracyscore
@@ -31,6 +32,9 @@ def find_direction(metric, lower_is_better=None):
     if lower_is_better is not None: return bool(lower_is_better)
     if plain_name(metric) in lower + higher: return plain_name(metric) in lower
     raise ValueError(f"lower_is_better must be given for {metric!r}, a metric whose name is not known")
+
+def check_margin(x):
+    if x is not None: check_number('margin', x, 'a finite number from 0', lambda x: 0 <= x < math.inf)
 
 # %% ../nbs/15_results.ipynb #d9773c38
 point_cols = ['lr', 'mom', 'wd']
@@ -95,6 +99,7 @@ class Comparison:
         self.numbered = self.results.assign(point=self.results.groupby(point_cols, dropna=False).ngroup())
         self.runs = self.outcomes()
         self.chosen = {o: _choose(self, o) for o in self.opts}
+        check_margin(margin)
         base = self.difference(self.baseline)[0]
         self.margin = margin if margin is not None else 0.01 if self.in_points else 0.02*abs(base)
         end = self.runs.choose.reindex(self.judged(self.baseline).index).mean()
@@ -125,7 +130,7 @@ def _tables(self, opt, trials):
         runs = runs[runs.seed.isin(trial_seeds) == trials]
         if not trials: runs = runs[runs.point.isin(self.chosen[opt][:1])]
     choose, judge = (self.sign*runs.pivot(index='seed', columns='point', values=k) for k in ('choose', 'judge'))
-    there = (choose + judge).notna()
+    there = (choose if trials and trial_seeds else choose + judge).notna()
     there = there.loc[:, 2*there.sum() >= len(there)] # no points that lack most seeds, and no seeds that lack a point
     seeds = there.index[there.all(axis=1)] if there.size else []
     return choose.loc[seeds, there.columns], judge.loc[seeds, there.columns]
@@ -247,27 +252,31 @@ def verdict(self:Comparison) -> str:
     if equal: shown.append(f"equal to {base} within {margin}: {', '.join(equal)}")
     if neither: shown += [f"no difference shown between {base} and {', '.join(neither)}",
         f"a difference of {margin} is not excluded"]
-    if none: shown.append(f"no comparison of {base} with {', '.join(none)}: too few runs that did not diverge")
-    n = int(s.seeds.max())
+    if none: shown.append(f"no comparison of {base} with {', '.join(none)}: too few runs that can be compared")
+    n = int(s.drop(base).seeds.max() if len(s) > 1 else s.seeds.max())
     how = f"{self.what}, {n} seed{'s'*(n != 1)}, 95 % intervals"
     if len(s) > 2: how += f", Holm's correction for {len(s)-1} comparisons"
     return '. '.join([f"{'; '.join(shown) or f'nothing to compare {base} with'} ({how})", *_notes(self, s)])
 
 def _notes(self, summary):
     "What one should know beside the differences"
-    edges, ties, gone = [], [], []
+    edges, ties, gone, left = [], [], [], []
     for o,r in summary.iterrows():
         tried, best = self.runs[self.runs.opt == o], dict(zip(point_cols, self.best(o)))
+        rate = f'({r.diverged_low:.0%} to {r.diverged_high:.0%})'
+        if r.diverged: gone.append(f"{r.diverged:.0f} of {r.runs:.0f} of {o} {rate}")
+        if n := tried.point.nunique() - _tables(self, o, trials=True)[0].shape[1]: left.append(f'{n} of {o}')
+        if r.diverged == r.runs: continue
         edges += [f"{k} {v:.4g} of {o} ({which}imum)" for k,v in best.items() for which in ('min', 'max')
             if tried[k].nunique() > 1 and v == tried[k].agg(which)]
         lrs = [f'{tried[tried.point == i].lr.iloc[0]:.4g}' for i in self.chosen[o][1:]]
         if lrs: ties.append(f"{best['lr']:.4g} and {', '.join(lrs)} of {o}")
-        rate = f'({r.diverged_low:.0%} to {r.diverged_high:.0%})'
-        if r.diverged: gone.append(f"{r.diverged:.0f} of {r.runs:.0f} of {o} {rate}")
-    undefined = (~self.runs.diverged & self.runs[['choose', 'judge']].isna().any(axis=1)).sum()
+    judges = ~self.runs.seed.isin(self.settings.get('trial_seeds', []))
+    undefined = (~self.runs.diverged & (self.runs.choose.isna() | judges & self.runs.judge.isna())).sum()
     notes = {"Diverged, and counted as the worst outcome": gone,
         "Best at the edge of what was tried, and a better one may lie beyond": edges,
         "Learning rates that tie, of which the lower was taken": ties,
+        "Points left out, for most seeds are missing there": left,
         f"Runs without a defined {self.metric}, left out": [str(undefined)]*bool(undefined)}
     return [f"{k}: {', '.join(v)}" for k,v in notes.items() if v]
 

@@ -4,11 +4,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
-from fastai.metrics import mse
-from fastai.optimizer import Adam, Lookahead
+from fastai.metrics import mse, rmse
+from fastai.optimizer import Adam, Lookahead, OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
 import fastai.callback.schedule # gives Learner its fit_one_cycle
@@ -179,6 +180,28 @@ def test_two_comparisons_in_one_folder(tmp_path):
 
 # Diverged or not defined
 
+class EndEarly(Callback):
+    "End training in the third epoch"
+    def after_train(self):
+        if self.epoch == 2: raise CancelFitException()
+
+@pytest.mark.parametrize('cb', [EndEarly, partial(EarlyStoppingCallback, min_delta=1e9, patience=1)], ids=['own', 'fastai'])
+def test_a_run_that_is_stopped_early_stays_what_it_was(cb):
+    df = compare(lambda opt_func: tiny(opt_func, test=True, cbs=cb()), opts=['Adam'], epochs=4)
+    assert not df.diverged.any() and df.groupby('epoch').test_loss.count().to_dict() == {1: 0, 2: 0, 3: 0, 4: 6}
+    by_epoch = df.pivot_table(index=['lr', 'seed'], columns='epoch', values='valid_loss')
+    assert (by_epoch[4] == by_epoch[2]).all() and (df[df.epoch == 4].seconds == 0).all()
+
+def per_class(*args): return np.array([0.5, 0.7])
+
+def test_a_metric_of_several_numbers_is_no_number_and_disturbs_no_other():
+    def two(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat(), opt_func, metrics=[mse, per_class])
+    assert compare(two, metric='mse').metric.notna().all()
+
+def test_a_metric_is_found_without_its_underscores():
+    def rooted(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat(), opt_func, metrics=rmse)
+    assert '(_rmse, lower' in compare_opts(rooted, **small, metric='rmse').verdict()
+
 def picky(*args):
     "A loss that refuses NaN"
     if not torch.isfinite(args[0]).all(): raise AssertionError('NaN')
@@ -265,6 +288,7 @@ def test_the_grid_grows_where_the_best_is_at_its_edge(tmp_path):
 
 # What is refused
 
+def wrapped(opt, **kwargs): return partial(OptimWrapper, opt=partial(opt, **kwargs))
 def ignores(opt_func): return tiny(Adam)
 def wraps_it(opt_func): return tiny(lambda ps, **kw: Lookahead(opt_func(ps, **kw)))
 the_model = nn.Linear(4, 1)
@@ -295,6 +319,10 @@ def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat
         'opts: NAdam(mom=0.5) would not keep its mom, since the schedule sets it; use moms or momenta'),
     (dict(opts=[partial(Adam, lr=.1)]), 'would not keep its lr'),
     (dict(opts=['Adam(wd=.1)'], wds=[.1, .2]), 'would not keep its wd'),
+    (dict(opts=[wrapped(torch.optim.NAdam, betas=(.5, .9))]), 'would not keep its mom'),
+    (dict(opts=[partial(OptimWrapper, opt=torch.optim.NAdam, betas=(.5, .9))]), 'would not keep its mom'),
+    (dict(opts=[wrapped(torch.optim.SGD, momentum=.5)]), 'would not keep its mom'),
+    (dict(opts=[wrapped(torch.optim.AdamW, weight_decay=.5)], wds=[.1]), 'would not keep its wd'),
     (dict(opts=['Adam(sqr_mom=1.0)']), 'Adam(sqr_mom=1.0) does not work'),
     (dict(opts=['ranger(k=0)']), 'ranger(k=0) does not work'),
     (dict(opts=["Adam(eps='x')"]), "Adam(eps='x') does not work"),
@@ -311,6 +339,7 @@ def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat
     (dict(moms=(.9, .8)), 'moms must be three numbers'),
     (dict(moms=.9, momenta=[.9]), 'momenta cannot be compared'),
     (dict(grow=-1), 'grow must be'),
+    (dict(margin=-1.), 'margin must be a finite number from 0, got -1.0'),
     (dict(baseline='SGD'), "baseline must be one of NAdam, NAdam(nesterov=False), Adam, got 'SGD'"),
     (dict(n_workers=-1), 'n_workers must be')], ids=name)
 def test_what_cannot_be_compared_is_refused(changed, msg, tmp_path):
@@ -366,6 +395,7 @@ def test_other_folders_are_refused(tmp_path):
     ('--lrs fast', "argument --lrs: invalid floats value: 'fast'"),
     ('--lrs 0', 'lrs must be above 0'),
     ('--epochs 0', 'epochs must be a whole number from 1'),
+    ('--margin -1', 'margin must be a finite number from 0, got -1.0'),
     ('--baseline SGD', "baseline must be one of NAdam, Adam, got 'SGD'"),
     ('--size 32', 'for a folder of images'),
     ('--moms .9,.8', 'moms must be three numbers'),

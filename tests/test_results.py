@@ -307,3 +307,37 @@ def test_stored_evidence_loads():
     for f in random.sample(folders, 3):
         c = Comparison.load(f)
         assert c.verdict() and len(c.table()) == len(c.opts) == len(c.settings['opts'])
+
+# What one should know beside
+
+def search(rng, seeds=10, **kwargs):
+    df = invent(dict(NAdam=.03, Adam=0), rng, seeds=2)
+    fresh = invent(dict(NAdam=.03, Adam=0), rng, seeds=seeds, worse={1e-2: 0})
+    fresh = fresh.assign(seed=fresh.seed + 100, test_metric=fresh.metric)
+    return Comparison(pd.concat([df, fresh]), 'accuracy', trial_seeds=[0, 1], **kwargs)
+
+def test_trials_need_no_test_metric(rng):
+    v = search(rng).verdict()
+    assert v.startswith('NAdam is better than Adam by ') and 'left out' not in v
+
+def test_the_seeds_of_a_verdict_are_those_of_its_differences(rng):
+    df = invent(dict(NAdam=.03, Adam=0), rng)
+    v = Comparison(df[(df.opt == 'Adam') | (df.seed < 5)], 'accuracy').verdict()
+    assert ', 5 seeds,' in v
+
+def test_a_point_that_most_seeds_lack_is_mentioned(rng):
+    df = pd.concat([invent(dict(NAdam=.01, Adam=0), rng),
+        invent(dict(NAdam=.01, Adam=0), rng, worse={1e-3: .05}).assign(seed=lambda d: d.seed + 10),
+        invent(dict(NAdam=.01, Adam=0), rng, worse={1e-3: .05}).assign(seed=lambda d: d.seed + 20)])
+    v = Comparison(df, 'accuracy').verdict()
+    assert 'Points left out, for most seeds are missing there: 2 of NAdam, 2 of Adam' in v
+    assert 'left out' not in Comparison(df[df.seed < 10], 'accuracy').verdict()
+
+def test_where_all_diverge_there_is_no_edge_and_no_tie(rng):
+    v = Comparison(kill(invent(dict(NAdam=0, Adam=0), rng), opt='NAdam'), 'accuracy', chance=.1).verdict()
+    assert 'of NAdam' not in v.split('Diverged')[1].partition('. ')[2]
+
+@pytest.mark.parametrize('margin', [-1, -1e-9, math.nan, math.inf, 'x'])
+def test_a_margin_that_is_none_is_refused(margin, rng):
+    with pytest.raises(ValueError, match='margin must be'):
+        Comparison(invent(dict(NAdam=0, Adam=0), rng), 'accuracy', margin=margin)
