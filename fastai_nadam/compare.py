@@ -83,8 +83,8 @@ def each_once(k, vals, check):
     return vals
 
 def check_lr(lr):
-    if not check_hyper('lr', lr): raise ValueError(f"lrs must be above 0, got {lr!r}")
-    return float(lr)
+    if not (x := check_hyper('lr', lr)): raise ValueError(f"lrs must be above 0, got {lr!r}")
+    return x
 
 # %% ../nbs/16_compare.ipynb #4f21756e
 def all_finite(learn):
@@ -223,9 +223,9 @@ def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), b
                 there = c.results.lr.isin([o for o,*_ in more]).any() # earlier seeds or optimizers needed them
                 if not there and edge(c.results.lr) not in [c.best(o)[0] for o in funcs]: break
                 train(itertools.product(seeds, funcs, more))
-        c = Comparison.load(folder)
-        best = [(o, tuple(None if math.isnan(v) else v for v in c.best(o))) for o in funcs]
-        train((seed, *o) for seed in fresh for o in best)
+        if fresh:
+            c = Comparison.load(folder)
+            train((seed, o, tuple(None if math.isnan(v) else v for v in c.best(o))) for seed in fresh for o in funcs)
         return Comparison.load(folder, baseline=baseline, margin=margin)
 
 # %% ../nbs/16_compare.ipynb #c1515af9

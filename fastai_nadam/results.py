@@ -86,6 +86,7 @@ class Comparison:
     ):
         self.metric, self.lower_is_better, self.settings = metric, find_direction(metric, lower_is_better), settings
         self.sign = -1 if self.lower_is_better else 1
+        check_margin(margin)
         if not len(results): raise ValueError("there are no results yet")
         self.opts = [o for o in settings.get('opts', results.opt.unique()) if (results.opt == o).any()]
         if baseline not in [None, *self.opts]:
@@ -99,7 +100,6 @@ class Comparison:
         self.numbered = self.results.assign(point=self.results.groupby(point_cols, dropna=False).ngroup())
         self.runs = self.outcomes()
         self.chosen = {o: _choose(self, o) for o in self.opts}
-        check_margin(margin)
         base = self.difference(self.baseline)[0]
         self.margin = margin if margin is not None else 0.01 if self.in_points else 0.02*abs(base)
         end = self.runs.choose.reindex(self.judged(self.baseline).index).mean()

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from scipy.stats import ttest_1samp
 from fastai.torch_core import set_seed
+from fastai_nadam.compare import search_points
 from fastai_nadam.optimizer import NAdam
 from fastai_nadam.results import Comparison
 
@@ -160,11 +161,13 @@ def test_the_stored_results_are_those_of_the_protocol(stats, folder):
         assert np.isfinite(ok[['train_loss', 'valid_loss', 'test_loss']]).all().all()
 
 @pytest.mark.parametrize('length', ['short', 'middle'])
-def test_repeated_searches_have_points_of_their_own(stats, length):
+def test_repeated_searches_have_points_of_their_own(stats, tasks, length):
     for task in stats.names:
         dfs = [stats.load(k, [task]) for k in (length, *(f'{length}-{i}' for i in (1, 2, 3)))]
         tried = [set(df.loc[df.seed < 100, stats.point].itertuples(index=False, name=None)) for df in dfs]
         assert len(set.union(*tried)) == 4*32
+        points = search_points(stats.point, getattr(tasks, task).lrs, 4*32)
+        assert tried == [set(points[i:i+32]) for i in (0, 32, 64, 96)]
 
 @pytest.fixture(scope='module')
 def summary():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fastai_nadam import NAdam, compare
 import tasks
+from analysis import names
 
-names = 'digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo'.split()
 lengths = dict(short=2, middle=8)
 draw = compare.search_points
 

@@ -8,8 +8,8 @@ ends = {k: finals(df) for k,df in dfs.items()}
 points = {k: f[f.seed < 100].groupby(['task', 'opt', *point])[['tune', 'test']].mean() for k,f in ends.items()}
 trials = {k: int(m.groupby(['task', 'opt']).size().max()) for k,m in points.items()}
 measured = {k: effects(f) for k,f in ends.items()}
-at5, end, equal = ({k: pool(e(f), level) for k,f in ends.items()} for e,level in
-    ((lambda f: trial_effects(f, 5), .95), (effects, .95), (effects, .90)))
+at5 = {k: pool(trial_effects(f, 5)) for k,f in ends.items()}
+end, equal = ({k: pool(e, level) for k,e in measured.items()} for level in (.95, .90))
 
 searches = {k: [measured[k], *(effects(finals(load(f'{k}-{i}'))) for i in (1, 2, 3))] for k in ('short', 'middle')}
 again = {k: repeated(es) for k,es in searches.items()}
