@@ -3,10 +3,8 @@ from .steppers import *
 from .optimizer import *
 from .interop import *
 from .insight import *
-from .data import *
-from .checkpoint import *
-from .train import *
-from .tasks import *
-from .results import *
-from .compare import *
-from .bench import *
+from .tools.data import get_dls
+from .tools.train import make_learner
+from .tools.checkpoint import Checkpoint
+from .tools.results import Comparison
+from .tools.compare import compare_opts, search_opts

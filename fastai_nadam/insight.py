@@ -18,7 +18,8 @@ from fastai.learner import Learner
 from fastai.optimizer import Lookahead, Optimizer, OptimWrapper, adam_step, l2_reg, lamb_step, radam_step, weight_decay
 from fastcore.basics import patch
 from .interop import fastai_name
-from .rules import adam_rule, check_hyper, dozat_rule, ruder_rule, running_prod
+from .checks import check_hyper
+from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
 from .steppers import dozat_step, nadam_step
 
 # %% ../nbs/05_insight.ipynb #12ec

@@ -10,7 +10,8 @@ import torch
 from fastcore.basics import groupby
 from torch import Tensor, nn
 from .optimizer import NAdamOptimizer
-from .rules import adam_rule, check_hyper, dozat_rule, ruder_rule
+from .checks import check_hyper
+from .rules import adam_rule, dozat_rule, ruder_rule
 
 # %% ../nbs/04_interop.ipynb #07ec
 fastai_names = dict(exp_avg='grad_avg', momentum_buffer='grad_avg', exp_avg_sq='sqr_avg', square_avg='sqr_avg',

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
-from .rules import adam_rule, check_flag, check_hyper, check_number, dozat_rule, ruder_rule, running_prod
+from .checks import check_flag, check_hyper, check_number
+from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
 from .multi_tensor import (address_blocks, are_ordinary, avgs, check_tensors, cut_blocks, guards,
     increment_versions, kernel_step, local, pick_impl, plain_tensors, raw_tensors, shared_rows)
 from .steppers import nadam_step

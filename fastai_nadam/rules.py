@@ -75,34 +75,3 @@ def dozat_rule(
     mu, mu_next = (warm_mom(mom, t, mom_decay) for t in (step, step+1))
     mu_prod = float((warm_mom_prod(mom, step-1, mom_decay) if mu_prod is None else mu_prod) * mu)
     return mu_next/(1-mu_prod*mu_next), (1-mu)/(1-mu_prod), dict(mu_prod=mu_prod)
-
-# %% ../nbs/00_rules.ipynb #40ve
-def check_number(
-    k:str, # What it is
-    v, # Its value; may be a numpy float, as fastai's schedules give
-    what:str, # What is allowed, in words
-    ok # Function of a float: is it allowed?
-) -> float: # The value as a plain float
-    "Check the value of a number. Raises a `ValueError` if it is not allowed"
-    try: x = float(v)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise ValueError(f"{k} must be {what}, got {v!r}") from None
-    if not ok(x): raise ValueError(f"{k} must be {what}, got {x!r}")
-    return x
-
-_allowed = {**dict.fromkeys(('lr', 'eps', 'wd'), ('a finite number ≥ 0', lambda x: 0 <= x < math.inf)),
-    **dict.fromkeys(('mom', 'sqr_mom'), ('in [0, 1)', lambda x: 0 <= x < 1)),
-    'mom_decay': ('a number ≥ 0 or inf', lambda x: x >= 0)}
-
-def check_hyper(k, v):
-    "`v` as `check_number` gives it, if it is allowed for hyper `k`; as it is, if NAdam has no such hyper"
-    return check_number(k, v, *_allowed[k]) if k in _allowed else v
-
-def check_flag(
-    k:str, # Name of the flag
-    v, # Its value
-    none:bool=False # May it be None?
-): # The value
-    "Check the value of a flag. Raises a `ValueError` if it is not allowed"
-    if isinstance(v, bool) or (none and v is None): return v
-    raise ValueError(f"{k} must be {'None, ' if none else ''}True or False, got {v!r}")

@@ -102,7 +102,7 @@ def resume(folder):
     import fastai.distributed
     from fastai.callback.core import Callback
     from fastai.learner import Learner
-    from fastai_nadam import train as room
+    from fastai_nadam.tools import train as room
     class Stop(Callback):
         def before_batch(self):
             if self.epoch == 1: raise KeyboardInterrupt

@@ -5,9 +5,9 @@ from functools import partial
 import pandas as pd, pytest, torch
 from fastai.vision.all import Callback, Image
 
-from fastai_nadam import train as room
-from fastai_nadam.data import digits_path
-from fastai_nadam.train import main, new_learner
+from fastai_nadam.tools import train as room
+from fastai_nadam.tools.data import digits_path
+from fastai_nadam.tools.train import main, new_learner
 from helpers import same
 
 @pytest.fixture(scope='module')
@@ -31,7 +31,7 @@ def argv(*flags, **kw): return [*flags, *(f'--{k}={v}' for k,v in kw.items())]
 def start(args, cwd, **kw):
     "`nadam-train` in a process of its own"
     before = kw.get('before', partial(signal.signal, signal.SIGINT, signal.SIG_DFL)) # a shell's `&` has it ignored
-    return subprocess.Popen([sys.executable, '-m', 'fastai_nadam.train', *map(str, args)], cwd=cwd, text=True,
+    return subprocess.Popen([sys.executable, '-m', 'fastai_nadam.tools.train', *map(str, args)], cwd=cwd, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before)
 
 def refused(capsys, args):

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from torch import nn
 
-from fastai_nadam import NAdam, bench as b
-from fastai_nadam.bench import (bench_cases, bench_step, bench_training, extra_memory, find_peers, interleave, main,
-    net_shapes, new_params, ratios, reference, show_table)
+from fastai_nadam import NAdam
+from fastai_nadam.tools import bench as b
+from fastai_nadam.tools.bench import (
+    bench_cases, bench_step, bench_training, extra_memory, find_peers, interleave, main, net_shapes,
+    new_params, ratios, reference, show_table)
 from fastai_nadam.multi_tensor import _kernel
 from impls import needs_kernel
 from runs import here

@@ -5,9 +5,9 @@ from functools import partial
 import pytest, torch
 from fastai.vision.all import Learner, Path
 
-from fastai_nadam import checkpoint as room, train as train_room
-from fastai_nadam.checkpoint import Checkpoint, run_folder
-from fastai_nadam.train import main, train
+from fastai_nadam.tools import checkpoint as room, train as train_room
+from fastai_nadam.tools.checkpoint import Checkpoint, run_folder
+from fastai_nadam.tools.train import main, train
 from runs import argv, folder, here, names, refused, same_run, start, stop, tiny
 
 @pytest.fixture(scope='module')
@@ -231,7 +231,7 @@ def other_args(file, **changed):
     (lambda f: torch.save(Evil(), f), 'is damaged, or no checkpoint'),
     (lambda f: rewrite(f, format=0), 'its format is 0'), (lambda f: rewrite(f, rng=[{}]), 'does not fit'),
     (lambda f: rewrite(f, rng=[{}]*3),
-        'trained by 3 processes, now 1: start torchrun --nproc_per_node 3 -m fastai_nadam.train'),
+        'trained by 3 processes, now 1: start torchrun --nproc_per_node 3 -m fastai_nadam.tools.train'),
     (lambda f: rewrite(f, opt={'hypers': [], 'state': []}), 'does not fit'),
     (lambda f: rewrite(f, losses=3), 'does not fit'),
     (lambda f: rewrite(f, model={}), 'does not fit'),

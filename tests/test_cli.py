@@ -4,8 +4,9 @@ import os, random, signal, subprocess, sys
 import matplotlib.pyplot as plt, pytest, torch
 from fastai.vision.all import Callback
 
-from fastai_nadam import cli as room
-from fastai_nadam.cli import atomic_save, check_int, cli, lock_folder, save_fig, save_json, versions
+from fastai_nadam.tools import cli as room
+from fastai_nadam.checks import check_int
+from fastai_nadam.tools.cli import atomic_save, cli, lock_folder, save_fig, save_json, versions
 
 def command(
     num_workers:int=3, # How many, 100 % of them
@@ -129,7 +130,7 @@ def test_versions(): assert versions()['torch'] == torch.__version__.split('+')[
 
 # The lock
 
-hold = """import sys, time; from fastai_nadam.cli import lock_folder
+hold = """import sys, time; from fastai_nadam.tools.cli import lock_folder
 with lock_folder(sys.argv[1]): print('locked', flush=True); time.sleep(60)"""
 
 def other(path):
@@ -147,7 +148,7 @@ def test_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
     p.wait()
     with lock_folder(tmp_path):
         with pytest.raises(ValueError, match='another run is at work in'), lock_folder(tmp_path): pytest.fail('twice')
-        code = 'import sys; from fastai_nadam.cli import lock_folder\nwith lock_folder(sys.argv[1]): pass'
+        code = 'import sys; from fastai_nadam.tools.cli import lock_folder\nwith lock_folder(sys.argv[1]): pass'
         assert 'another run is at work in' in subprocess.run([sys.executable, '-c', code, tmp_path],
             capture_output=True, text=True).stderr
     assert list(tmp_path.iterdir()) == []

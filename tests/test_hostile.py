@@ -14,7 +14,8 @@ from fastai.losses import MSELossFlat
 from fastai.test_utils import RegModel, synth_dbunch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
-from fastai_nadam import DozatNAdam, NAdam, train
+from fastai_nadam import DozatNAdam, NAdam
+from fastai_nadam.tools import train
 from fastai_nadam.interop import from_torch
 from helpers import all_params, same, set_grads, snapshot, twin
 from impls import each_impl, with_impl

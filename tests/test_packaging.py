@@ -1,5 +1,5 @@
 "The package, the notebooks it is exported from, the README and the site agree, and what is built installs"
-import ast, email, importlib, json, os, re, runpy, shutil, subprocess, sys, sysconfig, tarfile, venv, zipfile
+import ast, email, importlib.util, json, os, re, runpy, shutil, subprocess, sys, sysconfig, tarfile, venv, zipfile
 from configparser import ConfigParser
 from importlib.metadata import distribution
 from pathlib import Path
@@ -41,65 +41,71 @@ def exports():
 
 def imports(path):
     "The dotted name of each import in a file, and whether it is at the top of the file"
+    package = '.'.join(path.relative_to(root).parent.parts)
     tree = ast.parse(path.read_text(encoding='utf-8'))
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
         names = [o.name for o in node.names]
         if isinstance(node, ast.ImportFrom):
-            mod = '.'.join(filter(None, ['fastai_nadam' if node.level else '', node.module]))
+            mod = importlib.util.resolve_name('.'*node.level + (node.module or ''), package)
             names = [f'{mod}.{o}' for o in names] if mod == 'fastai_nadam' else [mod]
         yield from ((o, node in tree.body) for o in names)
 
-def rooms(path):
+def imported(path):
     "The modules of this package that a file imports"
-    names = [o.split('.') for o,_ in imports(path)]
-    return [o[1] for o in names if o[0] == 'fastai_nadam' and o[1:] != ['__version__']]
+    names = [o.removeprefix('fastai_nadam.') for o,_ in imports(path) if o.startswith('fastai_nadam.')]
+    return [o for o in names if o != '__version__']
 
 @needs_nbdev
 def test_modules_are_exported_from_the_notebooks(project):
     lib = project/'fastai_nadam'
-    for mod in lib.glob('*.py'):
+    for mod in lib.rglob('*.py'):
         if mod.name not in ('__init__.py', 'all.py'): mod.unlink()
     toml = (project/'pyproject.toml').read_bytes()
     python('from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=project)
-    assert contents(lib, '*.py') == contents(root/'fastai_nadam', '*.py'), 'run nbdev-export'
+    for wing in ('.', 'tools'):
+        assert contents(lib/wing, '*.py') == contents(root/'fastai_nadam'/wing, '*.py'), 'run nbdev-export'
     assert (project/'pyproject.toml').read_bytes() == toml
     assert contents(project/'nbs').keys() == contents(root/'nbs').keys()
 
-def all_rooms(): return [o for o in exports() if o not in ('multi_tensor', 'cli')]  # rooms with something for users
+def modules():
+    "The files of the package that people write, by the names under which they are exported"
+    files = {f.relative_to(root/'fastai_nadam').with_suffix('').as_posix().replace('/', '.'): f
+        for f in (root/'fastai_nadam').rglob('*.py')}
+    return {k: f for k,f in files.items() if not k.endswith('__init__')}
 
 def test_a_module_imports_only_from_rows_above_it():
-    order = list(exports())
-    assert order[0] == 'rules' and {'steppers', 'optimizer', 'data', 'train'} < set(order)
-    assert {f.stem for f in (root/'fastai_nadam').glob('*.py')} == {*order, '__init__', '_modidx', 'all'}
+    order, files = list(exports()), modules()
+    assert {*files} == {*order, '_modidx', 'all'}
     for i,mod in enumerate(order):
         above = {*order[:i], *['_kernel']*(mod == 'multi_tensor')}
-        assert set(rooms(root/f'fastai_nadam/{mod}.py')) <= above, f'{mod} may import only {above}'
-    assert rooms(root/'fastai_nadam/all.py') == all_rooms()
-    assert rooms(root/'fastai_nadam/__init__.py') == ['optimizer']
+        assert set(imported(files[mod])) <= above, f'{mod} may import only {above}'
+    assert imported(root/'fastai_nadam/__init__.py') == ['optimizer']
 
-def test_no_private_name_is_imported_from_another_room():
-    for f in (root/'fastai_nadam').glob('*.py'):
+def test_the_optimizer_does_not_know_the_tools():
+    for mod,f in modules().items():
+        if mod.startswith('tools.') or mod in ('_modidx', 'all'): continue
+        assert not [o for o in imported(f) if o.startswith('tools')], mod
+
+def test_no_private_name_is_imported_from_another_module():
+    for f in modules().values():
         for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
             if not isinstance(node, ast.ImportFrom) or not (node.level or node.module.startswith('fastai_nadam')):
                 continue
             private = {o.name for o in node.names if o.name.startswith('_')} - {'__version__', '_kernel'}
             assert not private, f'{f.name} imports {private}'
 
-def test_all_is_what_the_rooms_make_public():
-    "Short enough to be read: what is not meant for users is `#| exporti`"
-    rooms = [importlib.import_module(f'fastai_nadam.{o}') for o in all_rooms()]
-    public = {n: mod.__name__ for mod in rooms for n in mod.__all__}
+def test_all_is_what_a_notebook_user_calls():
+    "All that the optimizer's modules make public, a few tools, no command and no name of a module"
     names = {}
     exec('from fastai_nadam.all import *', names)
-    assert set(public) == {n for n in names if n != '__builtins__'}
-    assert sum(len(mod.__all__) for mod in rooms) == len(public), 'one name in two rooms'
-    assert len(public) <= 40, f'{len(public)} public names: {public}'
-
-@pytest.mark.parametrize('room', exports())
-def test_no_room_is_above_330_lines(room):
-    n = len((root/f'fastai_nadam/{room}.py').read_text(encoding='utf-8').splitlines())
-    assert n <= 330, f'{n} lines: another room, or less in this one'
+    names.pop('__builtins__')
+    optimizer = [importlib.import_module(f'fastai_nadam.{o}') for o in
+        ('rules', 'steppers', 'optimizer', 'interop', 'insight')]
+    public = [n for mod in optimizer for n in mod.__all__]
+    tools = ['get_dls', 'make_learner', 'Checkpoint', 'Comparison', 'compare_opts', 'search_opts']
+    assert sorted(names) == sorted([*public, *tools])
+    assert not {*names} & {'main', 'train', *(o.split('.')[-1] for o in modules())}
 
 @pytest.mark.parametrize('nb', nbs, ids=lambda f: f.name)
 def test_cells_fit_the_screen(nb):
@@ -109,32 +115,24 @@ def test_cells_fit_the_screen(nb):
         assert not wide, wide
         assert not exported or len(lines) <= 60, f'an exported cell of {len(lines)} lines: {lines[1]}'
 
-@pytest.mark.parametrize('folder', ['.', 'fastai_nadam', 'nbs', 'nbs/evidence', 'tests'])
+@pytest.mark.parametrize('folder', ['.', 'fastai_nadam', 'fastai_nadam/tools', 'nbs', 'nbs/evidence', 'tests'])
 def test_code_fits_the_screen(folder):
     files = [f for pattern in ('*.py', '*.c') for f in (root/folder).glob(pattern) if f.name != '_modidx.py']
     wide = [f'{f.name}:{i}' for f in files
         for i,line in enumerate(f.read_text(encoding='utf-8').splitlines(), 1) if len(line) > 120]
     assert files and not wide, wide
 
-def test_pictures_in_contributing_are_drawn_from_the_code():
-    code = """import runpy; from pathlib import Path; from torch import ones; from fastai_nadam import NAdam
-m, text = runpy.run_path('nbs/_structure.py'), Path('CONTRIBUTING.md').read_text(encoding='utf-8')
-if NAdam([ones(1)], 1.).impl == 'kernel': assert m['drawn'](text) == text, 'run python nbs/_structure.py'
-else: assert '\\n'.join(m['draw_modules']()) in text, 'run python nbs/_structure.py'"""
-    python(code, cwd=root, env={k: v for k,v in os.environ.items() if k != 'FASTAI_NADAM_KERNEL'})
-
-def test_import_of_the_package_leaves_the_training_rooms_out():
+def test_import_of_the_package_leaves_the_tools_out():
     code = "import sys, fastai_nadam; assert fastai_nadam.NAdam and fastai_nadam.DozatNAdam; print(*sys.modules)"
     loaded = python(code, cwd=root).split()
     assert not [m for m in loaded if m.startswith(('fastai.vision', 'fastai.learner', 'fastai.data',
-        'fastai_nadam.data', 'fastai_nadam.train'))]
+        'fastai_nadam.tools.data', 'fastai_nadam.tools.train'))]
 
 def test_all_has_what_users_name():
     names, theirs = {}, {}
     exec('from fastai_nadam.all import *', names)
     exec('from fastai.vision.all import *', theirs)
-    where = {'NAdam': 'optimizer', 'DozatNAdam': 'optimizer', 'nadam_step': 'steppers', 'get_dls': 'data',
-        'train': 'train'}
+    where = {'NAdam': 'optimizer', 'DozatNAdam': 'optimizer', 'nadam_step': 'steppers', 'get_dls': 'tools.data'}
     assert {n: names[n].__module__ for n in where} == {n: f'fastai_nadam.{m}' for n,m in where.items()}
     hidden = [n for n in names if n in theirs and names[n] is not theirs[n] and n != '__builtins__']
     assert not hidden, 'names of fastai that a user of both would no longer have'
@@ -148,7 +146,7 @@ def test_modules_import_only_what_is_required():
         dists[r.name] = distribution(r.name)
         todo += map(Requirement, dists[r.name].requires or [])
     have = {f.parts[0] for d in dists.values() for f in d.files}
-    for f in (root/'fastai_nadam').glob('*.py'):
+    for f in modules().values():
         for mod,top in imports(f):
             pkg = mod.split('.')[0]
             if not top or pkg == 'fastai_nadam' or pkg in sys.stdlib_module_names: continue
@@ -284,7 +282,7 @@ def test_wheel_has_the_facts_of_settings_ini(dist):
     assert meta.get_all('Classifier') == pkg['classifiers'].strip().split('\n')
     assert meta.get_payload().strip() == (root/'README.md').read_text(encoding='utf-8').strip()
     for k,v in settings['console_scripts'].items(): assert f'{k} = {v}' in scripts
-    assert files == {f.name for f in (root/'fastai_nadam').glob('*.py')} | set(built)
+    assert files == {f.name for f in (root/'fastai_nadam').rglob('*.py')} | set(built)
     with tarfile.open(sdist) as t: assert f'{t.getnames()[0]}/fastai_nadam/kernel.c' in t.getnames()
 
 def test_wheel_runs_in_an_empty_environment(dist, tmp_path):

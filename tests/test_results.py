@@ -4,8 +4,8 @@ import itertools, math, random
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from scipy import stats
 
-from fastai_nadam import results as r
-from fastai_nadam.results import Comparison, confidence_interval, corrected, find_direction, holm
+from fastai_nadam.tools import results as r
+from fastai_nadam.tools.results import Comparison, confidence_interval, corrected, find_direction, holm
 
 def invent(gains, rng, seeds=10, worse={1e-3: .05, 1e-2: 0, 1e-1: .03}, shared=.02, own=.002, epochs=1, sign=1,
         base=.6):

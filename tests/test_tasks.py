@@ -3,10 +3,10 @@ import sys
 
 import pytest
 from fastai_nadam import NAdam
-from fastai_nadam.compare import compare_opts, main
-from fastai_nadam.data import digits_path
-from fastai_nadam.results import Comparison
-from fastai_nadam.tasks import find_task, tasks
+from fastai_nadam.tools.compare import compare_opts, main
+from fastai_nadam.tools.data import digits_path
+from fastai_nadam.tools.results import Comparison
+from fastai_nadam.tools.tasks import find_task, tasks
 
 @pytest.mark.parametrize('task', tasks)
 def test_tasks_train(task):

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, Image, Learner, Path
 
-from fastai_nadam import train as room
-from fastai_nadam.checkpoint import read_args
-from fastai_nadam.data import list_images
-from fastai_nadam.train import archs, check_model, main, new_config, new_learner, opt_funcs, train
+from fastai_nadam.tools import train as room
+from fastai_nadam.tools.checkpoint import read_args
+from fastai_nadam.tools.data import list_images
+from fastai_nadam.tools.train import archs, check_model, main, new_config, new_learner, opt_funcs, train
 from helpers import same
 from runs import argv, folder, here, history, names, refused, tiny, weights
 
@@ -18,7 +18,8 @@ from runs import argv, folder, here, history, names, refused, tiny, weights
 def run(tiny, tmp_path_factory):
     "One run, with what it printed"
     path = tmp_path_factory.mktemp('run')
-    p = subprocess.run([sys.executable, '-m', 'fastai_nadam.train', *argv(**tiny, seed=7, out=path/'out')], cwd=path,
+    args = argv(**tiny, seed=7, out=path/'out')
+    p = subprocess.run([sys.executable, '-m', 'fastai_nadam.tools.train', *args], cwd=path,
         capture_output=True, text=True)
     return SimpleNamespace(path=path/'out', out=p.stdout, err=p.stderr, code=p.returncode)
 
@@ -257,7 +258,7 @@ def test_help_has_every_option_and_default(capsys):
 # The main job
 
 def test_main_job(tmp_path, all_cores):
-    p = subprocess.run([sys.executable, '-m', 'fastai_nadam.train'], cwd=tmp_path, capture_output=True, text=True,
+    p = subprocess.run([sys.executable, '-m', 'fastai_nadam.tools.train'], cwd=tmp_path, capture_output=True, text=True,
         env=all_cores)
     assert p.returncode == 0, p.stderr
     out = tmp_path/'runs'/'digits-NAdam'

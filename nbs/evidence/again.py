@@ -3,7 +3,8 @@ import sys, warnings
 from functools import partial
 from pathlib import Path
 
-from fastai_nadam import NAdam, compare
+from fastai_nadam import NAdam
+from fastai_nadam.tools import compare
 import tasks
 from analysis import names
 

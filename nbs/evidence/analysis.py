@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 from scipy.stats import binomtest, t as student_t
-from fastai_nadam.results import holm
+from fastai_nadam.tools.results import holm
 
 here = Path(__file__).parent
 names = 'digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo'.split()
