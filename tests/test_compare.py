@@ -153,7 +153,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path):
         calls.append(1)
         return tiny(opt_func)
     assert same(compare(make, task='tiny', out=tmp_path), whole)
-    assert len(calls) == (len(whole)-len(partly))//2 + 4 # and four to check
+    assert len(calls) == (len(whole)-len(partly))//2 + 5 # and five to check
     before = (tmp_path/'results.csv').read_bytes()
     assert same(compare(out=tmp_path), whole) and (tmp_path/'results.csv').read_bytes() == before
 
