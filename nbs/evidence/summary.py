@@ -1,113 +1,124 @@
-"""The results of `tutorial.compare`, loaded and pooled, its first screen and the picture of the effects"""
+"""What the pages say of the evidence: effects pooled over tasks, in words, in tables and in pictures"""
+from functools import cache
+
 import matplotlib.pyplot as plt
 from analysis import *
+from pooling import coverage, paule_mandel, plain_mean, weighted_mean
 
 labels = {nadam: 'NAdam', adam: 'exact Adam'}
-dfs = {k: load(k) for k in ('short', 'middle', 'long')}
-ends = {k: finals(df) for k,df in dfs.items()}
-points = {k: f[f.seed < 100].groupby(['task', 'opt', *point])[['tune', 'test']].mean() for k,f in ends.items()}
-trials = {k: int(m.groupby(['task', 'opt']).size().max()) for k,m in points.items()}
-measured = {k: effects(f) for k,f in ends.items()}
-at5 = {k: pool(trial_effects(f, 5)) for k,f in ends.items()}
-end, equal = ({k: pool(e, level) for k,e in measured.items()} for level in (.95, .90))
+styles = {nadam: dict(label='NAdam', color='k', ls='-', marker='o'),
+    adam: dict(label='exact Adam', color='0.55', ls='--', marker='s')}
+words = dict(short='short', middle='medium-length', long='long')
+epochs = dict(short=2, middle=8, long=32)
+folders = dict(short=['short', 'short-1', 'short-2', 'short-3'], middle=['middle', 'middle-1', 'middle-2', 'middle-3'],
+    long=['long'])
 
-searches = {k: [measured[k], *(effects(finals(load(f'{k}-{i}'))) for i in (1, 2, 3))] for k in ('short', 'middle')}
-again = {k: repeated(es) for k,es in searches.items()}
-means = {k: pool(e) for k,e in again.items()} # over four searches
+# The searches: four of short and of medium-length runs, one of long ones
 
-def favours(p): return p.high < 0 and p.better >= 6
-met = [k for k in ends if favours(at5[k]) and favours(end[k])] # horizons at which the decision rule holds
+@cache
+def ends(folder): return finals(load(folder))
 
-def adam_loss(k): return ends[k].query('seed >= 100 and opt == @adam').groupby('task').test.mean()
+def trial_points(folder):
+    "The points that a search tried: mean losses over the seeds of its trials"
+    f = ends(folder)
+    return f[f.seed < 100].groupby(['task', 'opt', *point])[['tune', 'test']].mean()
+
+@cache
+def points(length): # of the four searches, a column with the distance of the momentum from 1
+    return pd.concat(map(trial_points, folders[length])).reset_index(point).assign(x=lambda d: 1 - d.mom).sort_index()
+
+@cache
+def searched(length): return [effects(ends(o)) for o in folders[length]]
+
+def mean_of_searches(length):
+    "The effect on each task: the mean of its searches, or of the only one"
+    es = searched(length)
+    return repeated(es) if len(es) > 1 else es[0]
+
+def best_of(length, n, reach=None):
+    "NAdam's effect on each task (%), in expectation over all choices of `n` of the points that were tried"
+    def loss(task, opt):
+        d = points(length).loc[(task, opt)]
+        if reach: d = d[d.x.between(*reach[opt])]
+        return expected_best(d.tune, d.test, n)
+    return pd.Series({task: 100*(loss(task, nadam) - loss(task, adam)) for task in names})
+
+# exact Adam's 1 − momentum is searched twice as high as NAdam's, over as large a factor
+own_ranges = {nadam: (0, .33/2), adam: (2*.0125, 1)}
+
+def at_adams_point(length):
+    """NAdam's effect (%) at the point that a search chose for exact Adam, the mean over searches. One seed of the trials
+    chooses, the other one judges, and the other way round"""
+    res = {}
+    for folder in folders[length]:
+        f = ends(folder)
+        seeds = [d.set_index(['task', 'opt', *point])[['tune', 'test']].sort_index()
+            for _,d in f[f.seed < 100].groupby('seed')]
+        for task in names:
+            for a,b in (seeds, seeds[::-1]):
+                best = a.tune.loc[task, adam].idxmin()
+                diff = b.test.loc[(task, nadam, *best)] - b.test.loc[(task, adam, *best)]
+                res.setdefault(task, []).append(100*diff)
+    return pd.DataFrame(res).mean()
+
+def best_tenth(length):
+    "How many times smaller 1 − momentum is in the best tenth of NAdam's points than of exact Adam's, on each task"
+    def distance(task, opt):
+        d = points(length).loc[(task, opt)]
+        return np.log(d.nsmallest(len(d)//10, 'tune').x).mean()
+    logs = pd.Series({task: distance(task, adam) - distance(task, nadam) for task in names})
+    return np.exp(plain_mean(logs)[['mean', 'low', 'high']])
+
+# The grid of learning rates and momenta
+
+@cache
+def cells(): return ends('landscape').groupby(['task', 'opt', 'mom', 'lr'])[['tune', 'test']].mean()
+
+@cache
+def at_momentum():
+    "Test loss of each momentum at its best learning rate (by the tuning data), % above exact Adam at fastai's momentum"
+    logs = 100*cells().loc[cells().groupby(['task', 'opt', 'mom']).tune.idxmin()].test.droplevel('lr').unstack('mom')
+    return logs.sub(logs.xs(adam, level='opt')[.95], level='task', axis=0)
+
+def tuning_gain(n, off=0):
+    """What `n` trials lower exact Adam's loss by (%) on medium-length runs, compared with no tuning: fastai's momentum,
+    weight decay 0.01 and the middle of the learning rates, or one `off` steps of √10 too large or too small"""
+    grid = cells().test.xs((adam, .95), level=('opt', 'mom')).unstack('task') # of each task, from the lowest rate
+    start = pd.Series({t: d.dropna().iloc[[2-off, 2+off]].mean() for t,d in grid.items()})
+    tuned = {t: expected_best(d.tune, d.test, n) for t in names for d in [points('middle').loc[(t, adam)]]}
+    return 100*(start - pd.Series(tuned)).reindex(names)
+
 def doublings():
-    "NAdam's effect at the middle horizon, in per cent and in doublings of exact Adam's training"
-    doubling = 50*(adam_loss('long') - adam_loss('middle')) # from 8 epochs to 32: two of them
-    d = pd.DataFrame({'effect (%)': measured['middle']['diff'], 'a doubling (%)': doubling})
+    "NAdam's effect on medium-length runs, in per cent and in doublings of exact Adam's training"
+    def loss(k): return ends(k).query('seed >= 100 and opt == @adam').groupby('task').test.mean()
+    d = pd.DataFrame({'effect (%)': mean_of_searches('middle')['diff'],
+        'a doubling (%)': 50*(loss('long') - loss('middle'))}) # from 8 epochs to 32: two of them
     return d.reindex(names).assign(**{'effect in doublings': d.iloc[:,0]/d.iloc[:,1]})
 
-def trials_gain(n):
-    "What `n` trials in place of one lower exact Adam's loss by, in per cent, geometric mean over tasks (middle)"
-    logs = [expected_best(d.tune, d.test, n) - expected_best(d.tune, d.test, 1)
-        for _,d in points['middle'].xs(adam, level='opt').groupby('task')]
-    return 100*(1 - np.exp(np.mean(logs)))
+# The rule that was set beforehand
 
-new_names = ['houses', 'code_conv', 'digits_vit']
-held = finals(pd.concat(load(k, new_names).assign(opt=lambda d: d.opt.map(labels) + f' ({moms})') for k,moms in
-    dict(held_out='0.95, 0.85, 0.95', held_out_nadam='0.9, 0.7, 0.9', held_out_adam='0.8, 0.4, 0.8').items()))
-default, default_nadam, low_nadam, low_adam = (f'{o} ({moms})' for o,moms in (('exact Adam', '0.95, 0.85, 0.95'),
-    ('NAdam', '0.95, 0.85, 0.95'), ('NAdam', '0.9, 0.7, 0.9'), ('exact Adam', '0.8, 0.4, 0.8')))
-same_lr = winners(held).lr.unstack('opt')[[default, default_nadam]].nunique(axis=1).eq(1).sum()
+estimators = {'DerSimonian–Laird, set beforehand': weighted_mean,
+    'Paule–Mandel': lambda e: weighted_mean(e, paule_mandel), 'plain mean': plain_mean}
+
+def favours(p): return p.high < 0 and p.better >= 6
+
+@cache
+def by_rule():
+    "What the rule looks at, the first search of each length at 5 trials and at its end, by each estimator"
+    at5 = {k: trial_effects(ends(k), 5) for k in words}
+    return pd.DataFrame({(words[k], name): {'5 trials': f(at5[k]), 'whole search': f(searched(k)[0])}
+        for k in words for name,f in estimators.items()}).T
+
+def met(estimator='DerSimonian–Laird, set beforehand'):
+    "Lengths of training at which the rule's conditions hold"
+    return [k for k,r in by_rule().xs(estimator, level=1).iterrows() if favours(r['5 trials']) and favours(r['whole search'])]
+
+# In words
 
 def num(x, digits=1): return f'{x:+.{digits}f}'.replace('-', '−')
-def percent(p): return f"{num(p['mean'], 2)} % ({num(p.low, 2)} to {num(p.high, 2)})"
+def percent(p, digits=1): return f"{num(p['mean'], digits)} % ({num(p.low, digits)} to {num(p.high, digits)})"
 def lower(p): return f'{p.better:.0f} of {p.k:.0f}'
 def plus_minus(r): return f'{num(r["diff"])} ± {half_width(r):.1f}'
-
-def in_short():
-    "The first screen"
-    def row(k):
-        cells = f'{k}, {ends[k].epoch.max()} epochs', percent(at5[k]), percent(end[k]), lower(end[k])
-        return f'| {" | ".join(cells)} | {"yes" if k in met else "no"} |'
-    pooled = '\n'.join(map(row, ends))
-    others = ' and '.join(f'{percent(p)} in {k} runs' for k,p in means.items())
-    within = ', '.join(k for k in ends if -1 < equal[k].low and equal[k].high < 1)
-    shown = f'shown for {within}' if within else 'not shown'
-    ranges = ', '.join(f'{k} {num(equal[k].low)} to {num(equal[k].high)}' for k in ends)
-    new = ', '.join(f'`{t}` {plus_minus(r)} %' for t,r in effects(held, default_nadam, default).iterrows())
-    worth, gain5, gain32 = doublings().iloc[:,2].median(), trials_gain(5), trials_gain(32)
-    return f"""
-**What Nesterov is worth.** Eight small tasks; learning rate, momentum and weight decay tuned for both; test data that
-chose nothing. This is NAdam's test loss compared with that of *exact Adam*, the same code without
-[looking ahead](tutorial.nesterov.ipynb). Pooled over tasks, with 95 % intervals; negative is better:
-
-| training | tuned by 5 trials | by the whole search | lower on | rule met |
-|---|---|---|---|---|
-{pooled}
-
-**Is it worth choosing?** The rule, set before the runs, asks for intervals that leave out 0 and for 6 of 8 tasks, at
-two of the three lengths. It is met at {len(met)}. So by the rule NAdam **is{"" if len(met) > 1 else " not"}** worth
-choosing over an Adam that is tuned as well. Its loss is lower on most tasks, but the tasks differ so much in how much
-lower that their mean is not known well.
-
-**Was it the choice of points?** In part. Three more searches with other points, made when the rule had been applied,
-[gave less](#with-other-points): the mean of all four is {others}.
-
-**The recipe.**
-
-- Tune the learning rate first and the momentum second. Which of the two optimizers comes after that.
-- If you do not tune the momentum, leave it as it is in fastai. NAdam is then a good choice, with the learning rate and
-  the weight decay that you have for Adam. On three tasks that took no part in finding anything, its test loss differs
-  from exact Adam's by {new}, each at its best of 8 learning rates, which was the same one on {same_lr} of
-  {len(new_names)}.
-- A lower momentum, `moms=(0.9, 0.7, 0.9)` for NAdam or `(0.8, 0.4, 0.8)` for Adam, is often better and sometimes much
-  worse, so no rule came out of it. In long runs take a lower learning rate, not a lower momentum
-  ([below](#the-recipe-which-momentum)).
-
-| an expert asks | |
-|---|---|
-| tuned how? | {trials["middle"]} points, the same for both, × 2 seeds (long: {trials["long"]} × 1), by tuning data |
-| judged on what? | test data, 30 new seeds (long: 10), the same for both |
-| how many comparisons? | one, which must meet all conditions at once; any other is corrected by Holm's method |
-| equal, then? | within ±1 % of the loss: {shown} (90 % intervals in %: {ranges}) |
-| how much is that? | in the median over tasks as much as {worth:.2f} doublings of the training (middle) |
-| what is worth more? | tuning: 5 trials in place of 1 lower exact Adam's loss by {gain5:.0f} %, 32 by {gain32:.0f} % |
-"""
-
-def plot_effects(
-    tables:dict, # Length of training → table from `effects` or `repeated`; a panel for each
-    searches:dict={} # Length of training → tables of single searches, drawn beside
-):
-    "NAdam's effect on each task and over all, with 95 % intervals"
-    size = (2 + 2.5*len(tables), 3.4)
-    fig, axs = plt.subplots(1, len(tables), figsize=size, layout='constrained', sharex=True, sharey=True)
-    for ax,(k,e) in zip(axs, tables.items()):
-        p, y = pool(e), len(names) + 0.3
-        ax.axvline(0, color='0.6', lw=1)
-        for o in searches.get(k, []): ax.plot(o['diff'], o.index.map(names.index) + .25, 'o', color='0.6', ms=3)
-        ax.errorbar(e['diff'], e.index.map(names.index), xerr=half_width(e), fmt='o', color='k', ms=4, capsize=2)
-        half = [[p['mean'] - p.low], [p.high - p['mean']]]
-        ax.errorbar(p['mean'], y, xerr=half, fmt='D', color='C0', ms=7, capsize=4)
-        ax.set_yticks([*range(len(names)), y], [*names, 'all tasks'])
-        ax.set_title(f'{k} runs: lower on {lower(p)} tasks', fontsize='medium')
-    axs[0].invert_yaxis()
-    fig.supxlabel("NAdam's test loss − exact Adam's (%)", fontsize='medium')
+def shown(p):
+    "What an interval says"
+    return 'lower' if p.high < 0 else 'higher' if p.low > 0 else 'nothing shown'
