@@ -3,7 +3,7 @@ from functools import cache
 
 import matplotlib.pyplot as plt
 from analysis import *
-from pooling import coverage, paule_mandel, plain_mean, weighted_mean
+from pooling import coverage, estimators, plain_mean
 
 labels = {nadam: 'NAdam', adam: 'exact Adam'}
 styles = {nadam: dict(label='NAdam', color='k', ls='-', marker='o'),
@@ -47,8 +47,8 @@ def best_of(length, n, reach=None):
 own_ranges = {nadam: (0, .33/2), adam: (2*.0125, 1)}
 
 def at_adams_point(length):
-    """NAdam's effect (%) at the point that a search chose for exact Adam, the mean over searches. One seed of the trials
-    chooses, the other one judges, and the other way round"""
+    """NAdam's effect (%) at the point that a search chose for exact Adam, the mean over searches. One seed of the
+    trials chooses, the other one judges, and the other way round"""
     res = {}
     for folder in folders[length]:
         f = ends(folder)
@@ -97,8 +97,7 @@ def doublings():
 
 # The rule that was set beforehand
 
-estimators = {'DerSimonian–Laird, set beforehand': weighted_mean,
-    'Paule–Mandel': lambda e: weighted_mean(e, paule_mandel), 'plain mean': plain_mean}
+beforehand = 'DerSimonian–Laird' # the estimator that the protocol names
 
 def favours(p): return p.high < 0 and p.better >= 6
 
@@ -109,16 +108,154 @@ def by_rule():
     return pd.DataFrame({(words[k], name): {'5 trials': f(at5[k]), 'whole search': f(searched(k)[0])}
         for k in words for name,f in estimators.items()}).T
 
-def met(estimator='DerSimonian–Laird, set beforehand'):
+def met(estimator=beforehand):
     "Lengths of training at which the rule's conditions hold"
-    return [k for k,r in by_rule().xs(estimator, level=1).iterrows() if favours(r['5 trials']) and favours(r['whole search'])]
+    rows = by_rule().xs(estimator, level=1)
+    return [k for k,r in rows.iterrows() if favours(r['5 trials']) and favours(r['whole search'])]
 
 # In words
 
 def num(x, digits=1): return f'{x:+.{digits}f}'.replace('-', '−')
-def percent(p, digits=1): return f"{num(p['mean'], digits)} % ({num(p.low, digits)} to {num(p.high, digits)})"
+def interval(p, digits=1): return f'{num(p.low, digits)} to {num(p.high, digits)}'
+def percent(p, digits=1): return f"{num(p['mean'], digits)} % ({interval(p, digits)})"
+def share(x): return f'{100*x:.0f} %'
 def lower(p): return f'{p.better:.0f} of {p.k:.0f}'
 def plus_minus(r): return f'{num(r["diff"])} ± {half_width(r):.1f}'
-def shown(p):
-    "What an interval says"
-    return 'lower' if p.high < 0 else 'higher' if p.low > 0 else 'nothing shown'
+
+@cache
+def answers():
+    "NAdam's test loss compared with Adam's: a row for each question and length of training, pooled over tasks"
+    asked = {(f'Best of {n} settings', f'{words[k]} runs'): best_of(k, n) for n in (5, 32) for k in ('short', 'middle')}
+    asked |= {('Best of 32, trained again', f'{words[k]} runs'): mean_of_searches(k) for k in ('short', 'middle')}
+    asked['Best of 16, trained again', 'long runs'] = mean_of_searches('long')
+    asked |= {('Recipe tuned for Adam', f'{words[k]} runs'): at_adams_point(k) for k in ('short', 'middle')}
+    return pd.DataFrame({k: plain_mean(e) for k,e in asked.items()}).T
+
+def answer(question):
+    "The rows of a question as a phrase"
+    return ' and '.join(f'{percent(p)} in {runs}' for runs,p in answers().loc[question].iterrows())
+
+def in_a_line():
+    "The answer for whoever reads no further"
+    few = ' and '.join(f"{num(p['mean'])} % in {runs}" for runs,p in answers().loc['Best of 5 settings'].iterrows())
+    return (f"Where little is tuned. On small tasks, with the best of 5 settings for each, its test loss differs from "
+        f"Adam's by {few}, on average. In long runs, and in a recipe that is tuned for Adam, nothing is shown.")
+
+def in_short(
+    page:str='' # Where the rule is, as a link
+):
+    "The answers in words, the user's questions first"
+    off, good = (plain_mean(tuning_gain(5, o)) for o in (1, 0))
+    return f"""
+- **You train from scratch and try a few settings:** NAdam ends lower. With the best of 5 settings of learning rate,
+  momentum and weight decay for each, its test loss differs from Adam's by {answer('Best of 5 settings')}.
+- **You tune a lot:** the more settings are tried, the less is left: {answer('Best of 32 settings')}. Trained again with
+  new seeds, the winners of 32 settings differ by {answer('Best of 32, trained again')}. By
+  [the rule that was set beforehand]({page}#the-rule-that-was-set-beforehand) this is
+  {'enough' if len(met()) > 1 else 'not enough'} to choose NAdam over an equally well-tuned Adam.
+- **You train for long:** nothing is shown, {answer('Best of 16, trained again')}.
+- **You have a recipe that is tuned for Adam:** putting NAdam into it gains nothing that shows,
+  {answer('Recipe tuned for Adam')}.
+- **What is worth more:** the learning rate. From one that is three times too large or too small, 5 settings lower
+  Adam's loss by {off['mean']:.0f} % ({off.low:.0f} to {off.high:.0f}); from a good one, by {good['mean']:.0f} %
+  ({num(good.low, 0)} to {num(good.high, 0)}).
+"""
+
+def which_one():
+    "What to take, a line for each case"
+    rows = [('a model to train from scratch, and little time to tune', '`NAdam`',
+            f"its loss is lower: {answer('Best of 5 settings')}"),
+        ('a recipe that is tuned for Adam', '`NAdam(nesterov=False)`',
+            f"it is Adam, only faster; looking ahead gains nothing that shows: {answer('Recipe tuned for Adam')}"),
+        ('a long run', '`NAdam(nesterov=False)`',
+            f"nothing is shown for looking ahead: {answer('Best of 16, trained again')}"),
+        ('a recipe from another framework', '[the same NAdam as there](tutorial.which_nadam.ipynb)',
+            '`NAdam` takes the steps of AlgoPerf and timm, `DozatNAdam` those of PyTorch, Keras and optax')]
+    return '\n'.join(['| you have | take | for |', '|---|---|---|', *(f"| {' | '.join(o)} |" for o in rows)])
+
+def at_a_glance():
+    "How it was measured, for an expert"
+    equal = {words[k]: plain_mean(searched(k)[0], .90) for k in words}
+    within = ', '.join(k for k,p in equal.items() if -1 < p.low and p.high < 1)
+    shared = 1 - (1 - 500/1797)**2 # of the images of `digits`, 500 tune in each of two seeds
+    n = len(points('short').loc[('digits', nadam)])
+    rows = {'optimizers': '`NAdam` and exact Adam, `NAdam(nesterov=False)`: one code, ε = 1e-8, β₂ = 0.99, decoupled '
+            'weight decay',
+        'tasks': 'eight, small, of four kinds and from six sets of data; three more, set apart, check the recipe',
+        'a setting': 'learning rate (over a factor of 100), momentum, weight decay; quasi-random, the same for both',
+        'a *trial*': 'one setting, trained with two seeds (long runs: one). The tuning data choose among trials',
+        'a search': f'32 trials. Four searches of short and of medium-length runs, {n} trials; one of long runs, of 16',
+        'best of n': f'the test loss of the chosen trial, mean over all choices of n of the {n}',
+        'trained again': 'the winner of a search, with 30 new seeds (long runs: 10), the same for both; mean of searches',
+        'what is not independent': 'each seed splits its data anew. So test items of one seed were tuning items of '
+            f"another ({share(shared)} of a new seed's test images of `digits`). Within a run no test item has trained "
+            'or tuned',
+        'unit and interval': 'the task. The plain mean over tasks with Student\'s t; '
+            '[two other estimators](#the-mean-three-ways) as a check',
+        'rule set beforehand': f'[met at {len(met())} of 3 lengths](#the-rule-that-was-set-beforehand), and it asks '
+            f"for 2: {'met' if len(met()) > 1 else '**not met**'}",
+        'corrected for their number': "DozatNAdam and fastai's Adam, by Holm's method, together. What is called "
+            'exploratory is not corrected',
+        'equivalence': 'within ±1 % of the loss, by two one-sided tests: '
+            + (f'shown for {within}' if within else 'not shown') + f" (90 % intervals: {', '.join(f'{k} {interval(p)}' for k,p in equal.items())})",
+        'protocol': '[written and committed before the runs](#appendix-the-protocol)'}
+    return '\n'.join(['| | |', '|---|---|', *(f'| {k} | {v} |' for k,v in rows.items())])
+
+# In pictures
+
+def plot_answers():
+    "The answers with their 95 % intervals; full where 0 is outside"
+    rows = answers()
+    fig, ax = plt.subplots(figsize=(9, .7 + .36*len(rows)), layout='constrained')
+    ax.axvline(0, color='0.6', lw=1)
+    for y,((question, runs),p) in enumerate(rows.iterrows()):
+        half = [[p['mean'] - p.low], [p.high - p['mean']]]
+        ax.errorbar(p['mean'], y, xerr=half, fmt='o', color='k', mfc='k' if p.low*p.high > 0 else 'w', capsize=3)
+        ax.text(1.02, y, percent(p), transform=ax.get_yaxis_transform(), va='center')
+    first = ~rows.index.get_level_values(0).duplicated()
+    for y in np.flatnonzero(first)[1:]: ax.axhline(y - .5, color='0.85', lw=.8)
+    ax.set_yticks(range(len(rows)), [f'{q}:  {r}' if new else r for new,(q, r) in zip(first, rows.index)])
+    ax.tick_params('y', length=0)
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.set(ylim=(len(rows) - .5, -.5),
+        xlabel="← NAdam is better        NAdam's test loss − Adam's (%), mean over tasks        Adam is better →")
+
+def plot_tasks(xlim=(-16, 13)):
+    "The effect on each task with its interval (grey: single searches), and the mean over tasks"
+    fig, axs = plt.subplots(1, 3, figsize=(9.5, 3.4), layout='constrained', sharey=True)
+    y_all = len(names) + .3
+    for ax,k in zip(axs, words):
+        e, p = mean_of_searches(k), plain_mean(mean_of_searches(k))
+        ax.axvline(0, color='0.6', lw=1)
+        for y,(task,r) in enumerate(e.iterrows()):
+            low, high = r['diff'] - half_width(r), r['diff'] + half_width(r)
+            ax.plot(np.clip([low, high], *xlim), [y, y], color='k', lw=1.3)
+            for x,edge,mark in ((low, xlim[0], '<'), (high, xlim[1], '>')): # further than the axis
+                if not xlim[0] <= x <= xlim[1]: ax.plot(edge, y, mark, color='k', ms=5, clip_on=False)
+            ax.plot(np.clip(r['diff'], *xlim), y, 'o', color='k', ms=5)
+        for o in searched(k) if len(searched(k)) > 1 else []:
+            ax.plot(o['diff'].clip(*xlim), np.arange(len(o)) + .28, 'o', color='0.6', ms=3, clip_on=False)
+        half = [[p['mean'] - p.low], [p.high - p['mean']]]
+        ax.errorbar(p['mean'], y_all, xerr=half, fmt='D', color='C0', ms=7, capsize=4)
+        ax.set_yticks([*range(len(names)), y_all], [*e.index, 'all tasks'])
+        n = len(searched(k))
+        ax.set_title(f"{words[k]} runs, {['one search', 'four searches'][n > 1]}", fontsize='medium')
+        ax.set_xlim(*xlim)
+    axs[0].invert_yaxis()
+    fig.supxlabel("NAdam's test loss − exact Adam's (%)", fontsize='medium')
+
+def plot_trials(ns=(1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128)):
+    "The mean effect, by the number of settings that each optimizer may try"
+    fig, axs = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained', sharey=True)
+    for ax,k in zip(axs, ('short', 'middle')):
+        ps = pd.DataFrame([plain_mean(best_of(k, n)) for n in ns], index=ns)
+        ax.fill_between(ns, ps.low, ps.high, color='0.88', label='95 % interval over tasks')
+        ax.plot(ns, ps['mean'], 'k-o', ms=4, label='the same range of momentum for both')
+        own = [plain_mean(best_of(k, n, own_ranges))['mean'] for n in ns if n <= 100]
+        ax.plot(ns[:len(own)], own, '--', color='0.45', label='a range of its own for each')
+        ax.axhline(0, color='0.6', lw=1)
+        ax.set(title=f'{words[k]} runs', xscale='log', xlabel='settings tried')
+        ax.set_xticks([1, 2, 5, 12, 32, 128], ['1', '2', '5', '12', '32', '128'])
+        ax.minorticks_off()
+    axs[0].set_ylabel("NAdam's loss − exact Adam's (%)")
+    axs[1].legend(frameon=False, loc='lower right', fontsize='small')
