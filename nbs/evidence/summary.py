@@ -177,6 +177,7 @@ def at_a_glance():
     "How it was measured, for an expert"
     equal = {words[k]: plain_mean(searched(k)[0], .90) for k in words}
     within = ', '.join(k for k,p in equal.items() if -1 < p.low and p.high < 1)
+    ranges = ', '.join(f'{k} {interval(p)}' for k,p in equal.items())
     shared = 1 - (1 - 500/1797)**2 # of the images of `digits`, 500 tune in each of two seeds
     n = len(points('short').loc[('digits', nadam)])
     rows = {'optimizers': '`NAdam` and exact Adam, `NAdam(nesterov=False)`: one code, ε = 1e-8, β₂ = 0.99, decoupled '
@@ -186,7 +187,7 @@ def at_a_glance():
         'a *trial*': 'one setting, trained with two seeds (long runs: one). The tuning data choose among trials',
         'a search': f'32 trials. Four searches of short and of medium-length runs, {n} trials; one of long runs, of 16',
         'best of n': f'the test loss of the chosen trial, mean over all choices of n of the {n}',
-        'trained again': 'the winner of a search, with 30 new seeds (long runs: 10), the same for both; mean of searches',
+        'trained again': 'the winner of a search, with 30 new seeds (long runs: 10); mean of the searches',
         'what is not independent': 'each seed splits its data anew. So test items of one seed were tuning items of '
             f"another ({share(shared)} of a new seed's test images of `digits`). Within a run no test item has trained "
             'or tuned',
@@ -197,7 +198,7 @@ def at_a_glance():
         'corrected for their number': "DozatNAdam and fastai's Adam, by Holm's method, together. What is called "
             'exploratory is not corrected',
         'equivalence': 'within ±1 % of the loss, by two one-sided tests: '
-            + (f'shown for {within}' if within else 'not shown') + f" (90 % intervals: {', '.join(f'{k} {interval(p)}' for k,p in equal.items())})",
+            + (f'shown for {within}' if within else 'not shown') + f" (90 % intervals: {ranges})",
         'protocol': '[written and committed before the runs](#appendix-the-protocol)'}
     return '\n'.join(['| | |', '|---|---|', *(f'| {k} | {v} |' for k,v in rows.items())])
 
