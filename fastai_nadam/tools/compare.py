@@ -10,8 +10,8 @@ import ast
 
 from fastai.vision.all import *
 from scipy.stats import qmc
-from ..checks import check_hyper, check_int
-from .cli import cli, save_fig
+from ..checks import check_hyper, check_int, shown
+from .cli import cli, did_you_mean, save_fig
 from .results import Comparison, check_margin, find_direction, plain_name, point_cols
 from .runs import check_learner, evaluate, open_folder, train_missing
 from .tasks import find_task
@@ -31,8 +31,9 @@ def parse_opt(s):
         if not isinstance(e, ast.Call): return opt_funcs[e.id]
         if not e.args: return partial(opt_funcs[e.func.id], **{k.arg: ast.literal_eval(k.value) for k in e.keywords})
     except (SyntaxError, ValueError, KeyError, AttributeError, RecursionError, MemoryError): pass
-    raise ValueError(f"opts: no optimizer {s!r}; there are {', '.join(opt_funcs)}, with arguments if you like: "
-        "NAdam(eps=1e-6)")
+    hint = did_you_mean(s.partition('(')[0].strip(), opt_funcs)
+    raise ValueError(f"opts: no optimizer {shown(s)}{hint}; there are {', '.join(opt_funcs)}, with arguments if you "
+        "like: NAdam(eps=1e-6)")
 
 def set_hypers(f):
     "Hypers that the `partial`s of an `opt_func` set, by fastai's names"

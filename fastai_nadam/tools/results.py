@@ -6,14 +6,15 @@
 __all__ = ['Comparison', 'standard_error', 'confidence_interval', 'half_width', 'expected_best']
 
 # %% ../../nbs/15_results.ipynb #3f20c2ad
-import csv, json, math
+import csv, math
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy.stats import binomtest, t as student_t
-from .cli import atomic_save, save_json, versions
-from ..checks import check_number
+from ..checks import allow, check_number, each, entries, flag, hyper, is_number, number, one_of, optional
+from ..checks import text, values, whole
+from .cli import append_text, atomic_save, read_json, read_text, save_json, versions
 
 # %% ../../nbs/15_results.ipynb #e60b2c16
 proportions = '''accuracy accuracymulti topkaccuracy foregroundacc balancedaccuracyscore
@@ -40,41 +41,63 @@ point_cols = ['lr', 'mom', 'wd']
 run_cols = ['task', 'opt', *point_cols, 'seed']
 result_cols = [*run_cols, *'train_loss valid_loss metric test_loss test_metric seconds diverged'.split()]
 types = {**dict.fromkeys(result_cols, float), **dict(task=object, opt=object, seed=int, diverged=bool)}
-parse = {float: lambda s: float(s) if s else None, int: int, object: str,
-    bool: {'True': True, 'False': False}.__getitem__}
 
+settings_file = entries(dict(versions=values(text), settings=entries(
+    dict(task=text, opts=each(text), epochs=whole(1), metric=text, lower_is_better=flag),
+    dict(moms=optional(each(hyper('mom'), 3)), chance=optional(number()), trial_seeds=each(whole()),
+        freeze_epochs=optional(whole()), lr_find=optional(text), batches=whole(), parameters=whole()))))
+
+def results_row(settings):
+    "What a row of `results.csv` may be"
+    any_number = optional(allow('a number', is_number))
+    return entries({**dict.fromkeys(result_cols, any_number), 'task': one_of(settings['task']),
+        'opt': one_of(*settings['opts']), 'seed': whole(), 'seconds': optional(number(0)), 'diverged': flag,
+        **{k: optional(hyper(k)) for k in point_cols}})
+
+def key_cols(lr_find):
+    "The columns by which a run is known; with `lr_find` it has found its lr"
+    return [k for k in run_cols if k != 'lr' or not lr_find]
+
+# %% ../../nbs/15_results.ipynb #eff1a007
 def read_settings(folder):
     "Settings of a comparison. Raises a `ValueError` if there are none"
-    try: return json.loads((folder/'settings.json').read_text(encoding='utf-8'))['settings']
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"out: {str(folder)!r} has no results of a comparison: {e}") from e
+    file = folder/'settings.json'
+    if not file.exists(): raise ValueError(f"out: {str(folder)!r} has no results of a comparison")
+    return read_json(file, settings_file)['settings']
 
-def parse_row(row, settings):
-    "A row of text as numbers. Raises a `ValueError` or a `KeyError`"
-    row = {k: parse[types[k]](v) for k,v in row.items()}
-    if row['opt'] not in settings['opts']: raise ValueError(f"no optimizer {row['opt']!r} in settings.json")
-    return row
+parse = {float: lambda s: float(s) if s else None, int: int, object: str,
+    bool: lambda s: {'True': True, 'False': False}.get(s, s)}
+
+def parse_row(row, check):
+    "A row of text with its numbers. Raises a `ValueError`"
+    if None in row or None in row.values(): raise ValueError(f"it must have {len(result_cols)} values")
+    return check('', {k: parse[types[k]](v) for k,v in row.items()})
 
 def read_rows(folder, settings):
     "The runs as dicts. Raises a `ValueError` that names the first damaged line"
     file, rows, seen = folder/'results.csv', [], set()
-    text = file.read_text(encoding='utf-8') if file.exists() else ''
-    lines = text[:text.rfind('\n')+1].splitlines()
-    for line,row in enumerate(csv.DictReader(lines, restkey='too many values', restval='too few values'), 2):
-        try: row = parse_row(row, settings)
-        except (ValueError, KeyError) as e: raise ValueError(f"{str(file)!r} is damaged in line {line}: {e}") from e
-        if (run := tuple(row[k] for k in run_cols)) in seen:
-            raise ValueError(f"{str(file)!r} is damaged in line {line}: it repeats a run")
-        seen.add(run)
-        rows.append(row)
+    whole_lines = read_text(file).rpartition('\n')[0].split('\n') if file.exists() else ['']
+    if whole_lines == ['']: return []
+    reader, check, keys = csv.DictReader(whole_lines), results_row(settings), key_cols(settings.get('lr_find'))
+    try:
+        if reader.fieldnames != result_cols: raise ValueError(f"the columns must be {','.join(result_cols)}")
+        for row in reader:
+            row = parse_row(row, check)
+            if (run := tuple(row[k] for k in keys)) in seen: raise ValueError("it repeats a run")
+            seen.add(run)
+            rows.append(row)
+    except (ValueError, csv.Error) as e:
+        raise ValueError(f"{str(file)!r} is damaged in line {reader.line_num}: {e}") from e
     return rows
 
-def write_rows(rows, file, **kwargs):
-    pd.DataFrame(rows, columns=result_cols).to_csv(file, index=False, lineterminator='\n', **kwargs)
+def rows_text(rows, header=False):
+    return pd.DataFrame(rows, columns=result_cols).to_csv(index=False, header=header, lineterminator='\n')
 
 def write_folder(folder, settings, rows):
     save_json(dict(settings=settings, versions=versions()), folder/'settings.json')
-    with atomic_save(folder/'results.csv') as f: write_rows(rows, f)
+    with atomic_save(folder/'results.csv') as f: f.write(rows_text(rows, header=True).encode())
+
+def append_row(folder, row): append_text(folder/'results.csv', rows_text([row]))
 
 # %% ../../nbs/15_results.ipynb #be0ecb4e
 class Comparison:
@@ -98,7 +121,7 @@ class Comparison:
             raise ValueError(f"baseline must be one of {', '.join(self.opts)}, got {baseline!r}")
         self.baseline = baseline or ('Adam' if 'Adam' in self.opts else self.opts[-1])
         self.lr_find = settings.get('lr_find') # then each run has found its lr, and points have none
-        self.results = _sort_runs(results, self.opts)
+        self.results = _sort_runs(results, self.opts, self.lr_find)
         self.tested = bool(self.results.test_metric.notna().any())
         self.in_points = plain_name(metric) in proportions and not bool((self.results.metric > 1).any())
         self.what = f"{metric}{' of test data'*self.tested}, {'lower' if self.lower_is_better else 'higher'} is better"
@@ -135,10 +158,10 @@ def _find_opts(results, opts=None):
             f"{', '.join(map(str, opts))}")
     return [o for o in opts if o in there]
 
-def _sort_runs(results, opts):
+def _sort_runs(results, opts, lr_find):
     "The results with all columns, in order. Raises a `ValueError` if a run is there twice"
     df = results.reindex(columns=result_cols).astype(types)
-    if len(twice := df[df.duplicated(run_cols)]):
+    if len(twice := df[df.duplicated(key_cols(lr_find))]):
         run = ', '.join(f'{k} {v}' for k,v in twice.iloc[0][run_cols].dropna().items())
         raise ValueError(f"results must have one row for each run: {run} has several")
     def order(col): return col.map(opts.index) if col.name == 'opt' else col
@@ -203,7 +226,7 @@ def confidence_interval(
 
 def half_width(se, n):
     "Half of the 95 % interval's width, by Student's t"
-    return student_t.ppf(0.975, n-1)*se if n > 1 else math.inf
+    return student_t.ppf(0.975, np.maximum(n - 1, 1))*se
 
 # %% ../../nbs/15_results.ipynb #0ddc3c0b
 def corrected(choose, judge, draws):

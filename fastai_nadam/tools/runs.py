@@ -13,7 +13,7 @@ from multiprocessing import current_process, get_context, parent_process
 
 from fastai.vision.all import *
 from .cli import has_bars, lock_folder
-from .results import point_cols, read_rows, read_settings, write_folder, write_rows
+from .results import append_row, key_cols, point_cols, read_rows, read_settings, write_folder
 
 # %% ../../nbs/15b_runs.ipynb #b673a56b
 def seed_learner(make_learner, opt_func, seed):
@@ -172,8 +172,7 @@ def open_folder(out, settings):
 
 def missing(rows, runs, lr_find):
     "Those of the runs (seed, opt, point) of which there is no row"
-    found = ['lr'] if lr_find else [] # by the run, and no part of its point
-    def point(row): return tuple(None if k in found else row[k] for k in point_cols)
+    def point(row): return tuple(row[k] if k in key_cols(lr_find) else None for k in point_cols)
     done = {(row['seed'], row['opt'], point(row)) for row in rows}
     return [o for o in runs if o not in done]
 
@@ -204,4 +203,4 @@ def train_missing(folder, settings, make_learner, opt_funcs, n_workers, runs):
     make = partial(seed_learner, make_learner, first(opt_funcs.values()), 0)
     made = parallel_runs(fit, make, runs, n_workers) if n_workers else (fit(*o) for o in runs)
     with one_thread():
-        for row in counted(made, len(runs)): write_rows([row], folder/'results.csv', mode='a', header=False)
+        for row in counted(made, len(runs)): append_row(folder, row)
