@@ -7,7 +7,7 @@ page = Path(__file__).parent.parent/'nbs/tutorial.own.ipynb'
 def test_the_commands_take_an_optimizer_of_ones_own(tmp_path):
     cells = [(c['cell_type'], ''.join(c['source'])) for c in json.loads(page.read_text(encoding='utf-8'))['cells']]
     rule, = (s for t,s in cells if t == 'code' and 'def FastQHAdam' in s)
-    script, = (m[1] for t,s in cells if t == 'markdown' and (m := re.search(r'```python\n(# my_compare.*?)```', s, re.S)))
+    script, = (o for _,s in cells for o in re.findall(r'```python\n(# my_compare.*?)```', s, re.S))
     imports = 'from fastai_nadam.optimizer import NAdamOptimizer\nfrom fastai_nadam.rules import running_prod\n\n'
     (tmp_path/'my_optimizers.py').write_text(imports + rule.split('\nsame_steps')[0], encoding='utf-8')
     (tmp_path/'my_compare.py').write_text(script, encoding='utf-8')
