@@ -153,7 +153,8 @@ def users_answer(question):
     "Verdict and figures of a question of PROTOCOL.md as a phrase, by its first row; None if it has not been run"
     if question not in users_answers().index: return None
     rows = users_answers().loc[question]
-    said = ', and '.join(f'{percent(p)} {"with" if question == fine_tune else "in"} {what}' for what,p in rows.iterrows())
+    prep = 'with' if question == fine_tune else 'in'
+    said = ', and '.join(f'{percent(p)} {prep} {what}' for what,p in rows.iterrows())
     return f'{outcomes[rows.verdict.iloc[0]]}, {said} ({rows.k.iloc[0]:.0f} tasks)'
 
 def answer(question):
@@ -166,16 +167,16 @@ def in_a_line():
     asked = {q: outcomes[r.verdict.iloc[0]] for q,r in users_answers().groupby(level=0)}
     cases = (swap, 'If you only swap `opt_func`, '), (fine_tune, 'If you fine-tune, ')
     said = ' '.join(f'{what}{asked[q]}.' for q,what in cases if q in asked)
-    return (f"{said} With the best of 5 settings for each "
-        f"its test loss differs from Adam's by {few}, on average over small tasks. In long runs, and in a recipe that is "
-        "tuned for Adam, nothing is shown.")
+    return (f"{said} With the best of 5 settings for each its test loss differs from Adam's by {few}, on average over "
+        "small tasks. In long runs, and in a recipe that is tuned for Adam, nothing is shown.")
 
 def in_short(
     page:str='' # Where the rule is, as a link
 ):
     "The answers in words, the user's questions first"
     off, good = (plain_mean(tuning_gain(5, o)) for o in (1, 0))
-    asked = {'**You only swap `opt_func`**, and take the learning rate that `lr_find` suggests': users_answer(swap),
+    asked = {
+        '**You only swap `opt_func`**, and take the learning rate that `lr_find` suggests': users_answer(swap),
         'The same, with the rate that it suggests for Adam': users_answer(f"{swap}, Adam's rate"),
         '**You fine-tune** a pretrained network': users_answer(fine_tune)}
     user_lines = '\n'.join(f'- {k}: {v}.' for k,v in asked.items() if v)
