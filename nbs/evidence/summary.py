@@ -143,9 +143,10 @@ def answers():
     asked['Best of 16, trained again', 'long runs'] = mean_of_searches('long')
     asked |= {('Recipe tuned for Adam', f'{words[k]} runs'): at_adams_point(k) for k in ('short', 'middle')}
     searches = pd.DataFrame({k: plain_mean(e) for k,e in asked.items()}).T
-    return pd.concat([users_answers()[searches.columns], searches])
+    return pd.concat([users_answers().reindex(columns=searches.columns), searches])
 
-outcomes = {'take it': 'NAdam ends lower', 'take it, but it is worth less than 2 %': 'NAdam ends lower, by less than 2 %',
+outcomes = {
+    'take it': 'NAdam ends lower', 'take it, but it is worth less than 2 %': 'NAdam ends lower, by less than 2 %',
     'leave it': 'NAdam ends higher', 'leave it, but it costs less than 2 %': 'NAdam ends higher, by less than 2 %',
     'either': 'there is no difference that matters', 'not shown': 'no difference is shown'}
 
