@@ -195,14 +195,18 @@ def docstrings(n=24):
     x = [F.pad(o, (0, n-len(o)), value=1) for o in as_numbers([d for d,_ in docs], vocab)]
     return torch.stack(x), tensor([i for _,i in docs]), vocab, packages
 
-def docstring(opt_func):
+def docstring_learner(opt_func):
+    "What `text_classifier_learner(dls, AWD_LSTM)` makes, smaller and before the encoder is loaded"
     x, y, vocab, packages = docstrings()
     dls = part_dls((x, y), 800, (600, 300), bs=32)
     dls.vocab = L(vocab, packages)
     config = {**awd_lstm_clas_config, **{k: lstm[k] for k in ('emb_sz', 'n_hid', 'n_layers')}}
-    learn = text_classifier_learner(dls, AWD_LSTM, seq_len=24, n_out=len(packages), config=config, drop_mult=0.3,
+    return text_classifier_learner(dls, AWD_LSTM, seq_len=24, n_out=len(packages), config=config, drop_mult=0.3,
         pretrained=False, loss_func=CrossEntropyLossFlat(), opt_func=opt_func, metrics=accuracy)
-    weights = match_embeds(dict(pretrained(code_lm, 4, 1e-2)), code()[1], vocab)
+
+def docstring(opt_func):
+    learn = docstring_learner(opt_func)
+    weights = match_embeds(dict(pretrained(code_lm, 4, 1e-2)), code()[1], learn.dls.vocab[0])
     encoder = {k.removeprefix('0.'): v for k,v in weights.items() if k.startswith('0.')}
     learn.model[0].module.load_state_dict(encoder)
     return learn
