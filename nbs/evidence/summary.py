@@ -144,7 +144,7 @@ def answers():
     asked |= {('Recipe tuned for Adam', f'{words[k]} runs'): at_adams_point(k) for k in ('short', 'middle')}
     searches = pd.DataFrame({k: plain_mean(e) for k,e in asked.items()}).T
     users = users_answers()
-    return pd.concat([users[searches.columns], searches]) if len(users) else searches
+    return pd.concat([users.reindex(columns=searches.columns), searches]) if len(users) else searches
 
 outcomes = {
     'take it': 'NAdam ends lower', 'take it, but it is worth less than 2 %': 'NAdam ends lower, by less than 2 %',
