@@ -1,5 +1,5 @@
 "Runs of a comparison are fair, survive an interruption, extend, and refuse what cannot be compared"
-import itertools, json, math, multiprocessing, os, random, re, signal, sys, time
+import itertools, json, math, multiprocessing, os, random, re, signal, subprocess, sys, time
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -178,7 +178,7 @@ def test_a_run_that_was_cut_off_is_made_again(tmp_path):
         assert len(Comparison.load(tmp_path).results) == len(whole) - 1
         assert same(compare(out=tmp_path), whole)
 
-@pytest.mark.parametrize('line, old, new', [(5, ',', ';'), (8, '$', ',1'), (7, 'False', 'no'), (4, ',0.1,', ',x,'),
+@pytest.mark.parametrize('line, old, new', [(5, ',', ';'), (8, '$', ',1'), (7, 'False', 'no'), (3, ',0.1,', ',x,'),
     (6, 'Adam', 'adam'), (9, '.+', ''), (1, '.+', 'opt,lr'), (6, '0.0', '1e'), (4, '^tiny', 'other'), (3, '^', '"'),
     (8, ',[^,]*,False', ',-1,False'), (7, ',[012],', ',-1,'), (5, '0.1', '10'*400), (6, '$', chr(27)), (9, 'tiny', 'x'*200_000)])
 def test_a_damaged_line_is_named(line, old, new, tmp_path):
@@ -588,6 +588,18 @@ def test_other_folders_are_refused(tmp_path):
     assert {f.name: f.read_text() for f in (tmp_path/'a').iterdir()} == {'results.csv': 'mine'}
 
 # The command
+
+def test_no_import_asks_for_a_gpu():
+    "Else a process that forks later cannot use it, and each process of torchrun has a context on the first one"
+    code = """
+import torch
+def asked(*args, **kwargs): raise AssertionError('an import asked for a GPU')
+import fastai.vision.all
+for k in ('is_available', 'current_device', 'device_count', 'init', '_lazy_init', 'get_device_name'): setattr(torch.cuda, k, asked)
+import pkgutil, importlib, fastai_nadam.all, fastai_nadam.tools as tools
+for m in pkgutil.iter_modules(tools.__path__): importlib.import_module(f'fastai_nadam.tools.{m.name}')
+"""
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
 
 @pytest.mark.parametrize('args, msg', [
     ('--task digit',
