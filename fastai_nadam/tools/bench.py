@@ -17,7 +17,7 @@ from ..optimizer import DozatNAdam, NAdam
 from ..checks import check_int
 from .cli import cli, save_fig, save_json, versions
 from .data import get_dls
-from .train import archs, digits_config, make_learner, new_model
+from .train import archs, make_learner, new_model, options
 
 # %% ../../nbs/17_bench.ipynb #07ec
 reference, ours = 'AdamW(fused)', ('NAdam', 'DozatNAdam')
@@ -205,7 +205,7 @@ class TrainingTimer(Callback):
 
 def bench_training(peers:dict|None=None, rounds:int=20, arch:str='xresnet34', device:str='cpu') -> pd.DataFrame:
     "What a batch of `nadam-train` on the digits takes under each optimizer, and how much of it is the optimizer's"
-    dls = get_dls('digits', digits_config['size'], digits_config['bs']).to(torch.device(device))
+    dls = get_dls('digits', options['size'].digits, options['bs'].digits).to(torch.device(device))
     learns = {k: make_learner(dls, arch, f, cbs=TrainingTimer(2)) for k,f in (peers or find_peers()).items()}
     def run(k):
         with learns[k].no_bar(), learns[k].no_logging(): learns[k].fit(1, 1e-3)
@@ -231,6 +231,7 @@ def check_device(device, dtype):
 
 def check_file(k, file, end=''):
     "Check that `file` can be written to, before anything is measured. Raises a `ValueError`"
+    if file and Path(file).is_symlink(): raise ValueError(f"{k}: {file!r} is a link")
     if file and not (file.endswith(end) and Path(file).absolute().parent.is_dir() and not Path(file).is_dir()):
         raise ValueError(f"{k} must be a{end and f' {end}'} file in a folder that exists, got {file!r}")
 
