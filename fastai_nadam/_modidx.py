@@ -251,6 +251,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fastai_nadam/tools/checkpoint.py'),
                                                'fastai_nadam.tools.checkpoint.opt_entries': ( 'checkpoint.html#opt_entries',
                                                                                               'fastai_nadam/tools/checkpoint.py'),
+                                               'fastai_nadam.tools.checkpoint.python_words': ( 'checkpoint.html#python_words',
+                                                                                               'fastai_nadam/tools/checkpoint.py'),
                                                'fastai_nadam.tools.checkpoint.read_args': ( 'checkpoint.html#read_args',
                                                                                             'fastai_nadam/tools/checkpoint.py'),
                                                'fastai_nadam.tools.checkpoint.read_checkpoint': ( 'checkpoint.html#read_checkpoint',

@@ -115,7 +115,12 @@ def vector(dtype=None):
 anything = allow('anything', lambda v: True)
 any_number = allow('a number', is_number) # also one that is not finite: a loss that has diverged
 word = whole(0, 2**32-1) # 32 bits of a generator of random numbers
-python_rng = sequence(one_of(3), each(word, 625), optional(number()))
+
+def python_words(k, v): # 624 of them, and the place of the next
+    each(word, 625)(k, v)
+    whole(0, 624)(f'{k}[624]', v[624])
+
+python_rng = sequence(one_of(3), python_words, optional(number()))
 numpy_rng = sequence(one_of('MT19937'), each(word, 624), whole(0, 624), whole(0, 1), number())
 rng_entries = entries(dict(python=python_rng, numpy=numpy_rng, torch=vector(torch.uint8),
     cuda=optional(vector(torch.uint8)), dls=each(python_rng)))
@@ -226,7 +231,8 @@ def _restore(self:Checkpoint, state):
         if scaler := self._scaler(): scaler.load_state_dict(state['scaler'])
         r.losses, r.lrs, r.smooth_loss.val = list(state['losses']), state['lrs'], state['smooth_loss']
         self.learn.train_iter, self.param_scheduler.hps = len(r.losses), state['hps']
-        set_rng_states(self.dls, state['rng'][rank_distrib()])
+        try: set_rng_states(self.dls, state['rng'][rank_distrib()])
+        except Exception as e: raise ValueError(f"rng: {e}") from e
     except Exception as e: raise misfit(self.file, ' '.join(str(e).split())) from e
 
 # %% ../../nbs/12_checkpoint.ipynb #c5520633
