@@ -182,10 +182,14 @@ def test_readme_shows_what_the_index_shows(tmp_path):
     png = dict(output_type='display_data', metadata={}, data={'image/png': 'AAEC', 'text/plain': '<Figure>'})
     number = dict(output_type='execute_result', metadata={}, execution_count=None, data={'text/plain': '42'})
     warning = dict(output_type='stream', name='stderr', text='careful')
+    def html(source): return dict(output_type='display_data', metadata={},
+        data={'text/html': source, 'text/plain': '<IPython.core.display.HTML object>'})
+    fit = [html('<style>td {}</style>'), html('<progress></progress><table><tr><th>epoch</th></tr></table>'),
+        html('<table class="x">\n<thead><tr>\n<th>epoch</th> <th>a|b</th></tr></thead><tr><td>0</td>\n<td>0.5</td></tr></table>')]
     nb = tmp_path/'index.ipynb'
     nb.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[
         md('# title'), md('[a](00_a.ipynb#b) [b](../LICENSE) [c](https://c.d/e) [f](#g) `[h](i)`'),
-        code('#| hide\nsecret'), code('40+2', number),
+        code('#| hide\nsecret'), code('learn.fit(1)', *fit), code('40+2', number),
         code('#| echo: false\n#| fig-cap: A curve\nplot()', warning, png)])))
     module = runpy.run_path(str(root/'nbs/_readme.py'))
     (readme,text), (pic,data) = module['readme'](nb).items()
@@ -193,7 +197,8 @@ def test_readme_shows_what_the_index_shows(tmp_path):
     assert readme == root/'README.md' and pic == root/'nbs/images/index-1.png' and data == bytes([0, 1, 2])
     assert '[a](nbs/00_a.ipynb#b) [b](LICENSE) [c](https://c.d/e) [f](#g) `[h](i)`' in text
     assert '``` python\n40+2\n```\n\n```\n42\n```\n\n![A curve](nbs/images/index-1.png)\n' in text
-    assert not [o for o in ('secret', 'careful', 'plot()', '#|') if o in text]
+    assert '``` python\nlearn.fit(1)\n```\n\n| epoch | a\\|b |\n| --- | --- |\n| 0 | 0.5 |\n\n' in text
+    assert not [o for o in ("secret", "careful", "plot()", "#|", "<table", "progress", "HTML") if o in text]
 
 def links(md): return re.findall(r'\]\(([^)\s]+)', re.sub(r'```.*?```|`[^`\n]+`', '', md, flags=re.S))
 
