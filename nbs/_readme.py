@@ -27,8 +27,8 @@ def table(html):
     return '\n'.join(f"| {' | '.join(o)} |" for o in rows)
 
 def shown(outputs):
-    "Outputs without what fastai's progress bar leaves behind: of a run's HTML only the last table is of interest"
-    html = [o for o in outputs if o.get('data', {}).get('text/plain') == '<IPython.core.display.HTML object>']
+    "Outputs without what fastai's progress bar leaves behind: of HTML only the last is of interest"
+    html = [o for o in outputs if 'text/html' in o.get('data', {})]
     return [o for o in outputs if o not in html[:-1]]
 
 def output(o, name, alt):
@@ -37,8 +37,8 @@ def output(o, name, alt):
     if 'image/png' in data:
         path = images/f'{name}.png'
         return f'![{alt}]({path.relative_to(nbs.parent).as_posix()})', {path: b64decode(data['image/png'])}
-    if 'text/markdown' in data: return relink(''.join(data['text/markdown'])), {}
     if '<table' in (html := ''.join(data.get('text/html', ''))): return table(html), {}
+    if 'text/markdown' in data: return relink(''.join(data['text/markdown'])), {}
     text = ''.join(o.get('text') or data.get('text/plain', ''))
     return (_fence(text) if text and o.get('name') != 'stderr' else ''), {}
 

@@ -11,7 +11,8 @@ from fastai_nadam import NAdam
 from fastai_nadam.tools import bench as b
 from fastai_nadam.tools.bench import (
     bench_cases, bench_step, bench_training, extra_memory, find_peers, interleave, load_figures, main, net_shapes,
-    new_params, ratios, reference, save_figures, sentence, show_table, time_batches, times)
+    new_params, ratios, reference, save_figures, saving, sentence, show_table, time_batches,
+    times)
 from fastai_nadam.multi_tensor import _kernel
 from impls import needs_kernel
 from runs import here
@@ -57,7 +58,15 @@ def test_ratios_to_another_than_the_reference():
     ([.99]*6 + [1.1]*14, 'as long, as far as'), ([.99]*5 + [1.1]*15, '1.10 times as long'), ([2.]*3, 'too few rounds')])
 def test_a_difference_that_may_be_noise_is_none(x, said):
     random.shuffle(x)
-    assert said in sentence(pd.DataFrame({reference: [1.]*len(x), 'x': x}), 'x')
+    df = pd.DataFrame({reference: [1.]*len(x), 'x': x})
+    assert said in sentence(df, 'x')
+    assert ('% less time' in saving(df, 'x', reference)) == (said[:2] == '0.')
+
+def test_saving():
+    df = pd.DataFrame({'a': [10.]*20, 'b': [8.]*5 + [9.]*10 + [9.4]*5})
+    assert saving(df, 'b', 'a') == '10 % less time (95 % interval 10 to 10)'
+    df['b'] = [8.]*6 + [9.]*8 + [9.4]*6
+    assert saving(df, 'b', 'a') == '10 % less time (95 % interval 6 to 20)'
 
 def test_table():
     steps = pd.DataFrame([dict(opt=reference, step=[1.]*6, both=[2.]*6, limit=.5, extra_mib=0., first_s=1.),

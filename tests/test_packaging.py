@@ -183,9 +183,9 @@ def test_readme_shows_what_the_index_shows(tmp_path):
     number = dict(output_type='execute_result', metadata={}, execution_count=None, data={'text/plain': '42'})
     warning = dict(output_type='stream', name='stderr', text='careful')
     def html(source): return dict(output_type='display_data', metadata={},
-        data={'text/html': source, 'text/plain': '<IPython.core.display.HTML object>'})
+        data={'text/html': source, 'text/markdown': f'```html\n{source}', 'text/plain': '<HTML object>'})
     fit = [html('<style>td {}</style>'), html('<progress></progress><table><tr><th>epoch</th></tr></table>'),
-        html('<table class="x">\n<thead><tr>\n<th>epoch</th> <th>a|b</th></tr></thead><tr><td>0</td>\n<td>0.5</td></tr></table>')]
+        html('<table class="x">\n<tr>\n<th>epoch</th> <th>a|b</th></tr><tr><td>0</td>\n<td>0.5</td></tr></table>')]
     nb = tmp_path/'index.ipynb'
     nb.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[
         md('# title'), md('[a](00_a.ipynb#b) [b](../LICENSE) [c](https://c.d/e) [f](#g) `[h](i)`'),

@@ -105,12 +105,19 @@ def span(ratio, low, high):
     "A ratio and its interval, as one reads them"
     return num(ratio) if math.isnan(low) or low == high else f'{num(ratio)} ({num(low)} to {num(high)})'
 
-def sentence(times, opt, to=reference):
+def sentence(times:pd.DataFrame, opt:str, to:str=reference) -> str:
     "What can be said about the time of `opt` compared with `to`: a difference that may be noise is none"
-    r = ratios(times, to).loc[opt]
-    if math.isnan(r.low): return f'{num(r.ratio)} times as long (too few rounds for an interval)'
-    if r.low <= 1 <= r.high: return f'as long, as far as this run can tell ({span(*r)})'
-    return f'{num(r.ratio)} times as long ({num(r.low)} to {num(r.high)})'
+    ratio, low, high = ratios(times, to).loc[opt]
+    if math.isnan(low): return f'{num(ratio)} times as long (too few rounds for an interval)'
+    interval = f'95 % interval {num(low)} to {num(high)}'
+    if low <= 1 <= high: return f'as long, as far as this run can tell ({num(ratio)}, {interval})'
+    return f'{num(ratio)} times as long ({interval})'
+
+def saving(times:pd.DataFrame, opt:str, to:str) -> str:
+    "How many per cent less time `opt` takes than `to`, if that is no noise"
+    ratio, low, high = ratios(times, to).loc[opt]
+    if not high < 1: return sentence(times, opt, to)
+    return f'{100*(1-ratio):.0f} % less time (95 % interval {100*(1-high):.0f} to {100*(1-low):.0f})'
 
 # %% ../../nbs/17_bench.ipynb #19ec
 def extra_memory(f, device:str='cpu') -> int:
@@ -162,6 +169,11 @@ def times(df:pd.DataFrame, what:str) -> pd.DataFrame: # A column for each optimi
     "The milliseconds of `what`, one of `names`, in figures of `bench_step` or `bench_training`"
     df = df.dropna(subset=what)
     return pd.DataFrame(dict(zip(df.opt, df[what])))
+
+def with_batch(figures:dict, case:str='xresnet34') -> pd.DataFrame:
+    "Figures of the steps and the whole batch of a network, an optimizer a row"
+    steps = figures['steps']
+    return steps[steps.case == case].merge(figures['training'], on='opt', how='left')
 
 def show_table(df:pd.DataFrame) -> pd.DataFrame:
     "The figures of `bench_step` or `bench_training`, as one reads them"
