@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np, torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
@@ -278,7 +279,7 @@ def state_dict(self:NAdamOptimizer):
 # %% ../nbs/03_optimizer.ipynb #36ae
 def _check_state(i, p, state, hyper, rule):
     "`state` of parameter `i`, with the running products that it may lack; a `ValueError` if it does not fit"
-    where = f"state of parameter {i}, of shape {tuple(p.shape)}: "
+    where = f"state of parameter {i}, of shape {'not known yet' if is_lazy(p) else tuple(p.shape)}: "
     def check(ok, msg):
         if not ok: raise ValueError(where + msg)
     check(all(isinstance(k, str) for k in state), f"keys must be strings, got {list(state)}")
@@ -286,6 +287,7 @@ def _check_state(i, p, state, hyper, rule):
         check(isinstance(state.get(k, True), (bool, np.bool_)), f"{k} must be True or False, got {state.get(k)!r}")
     need = {*avgs, 'step'}
     if not need & state.keys(): return state
+    check(not is_lazy(p), 'a lazy layer that has seen no batch has no state')
     check(need <= state.keys(), f"missing {sorted(need - state.keys())}")
     for k in avgs:
         v = state[k]
