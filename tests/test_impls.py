@@ -8,12 +8,12 @@ import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
-from fastai_nadam.multi_tensor import cut_blocks, fused_step, pick_impl, raw_tensors
+from fastai_nadam.multi_tensor import cut_blocks, fused_step, kernel_tensors, pick_impl
 from helpers import all_params, assert_same, copies, gaps, layouts, tols
-from impls import KernelOff, each_impl, loop, needs_kernel, with_impl
+from impls import KernelOff, NoExchange, each_impl, loop, needs_kernel, with_impl
 
-fast_impls = pytest.mark.parametrize('impl', [dict(), KernelOff(), dict(foreach=True)],
-    ids=['default', 'kernel off', 'foreach'])
+fast_impls = pytest.mark.parametrize('impl', [dict(), KernelOff(), dict(foreach=True), NoExchange()],
+    ids=['default', 'kernel off', 'foreach', 'no exchange API'])
 
 def make_params(specs):
     "Parameters of the given (shape, dtype, layout)"
@@ -77,18 +77,21 @@ def test_large_tensors_are_cut(impl, opt_func, layout):
 def test_layouts_differ_from_plain(layout):
     "The layouts above are what they say, so that the tests with them test something"
     p, = make_params([((2, 3, 4, 5), torch.float32, layout)])
-    assert not p.is_contiguous() and (raw_tensors(p, p, p, p) is None) == (layout == 'gaps')
+    assert not p.is_contiguous() and (kernel_tensors(p, p, p, p) is None) == (layout == 'gaps')
 
 def test_blocks_have_a_size_for_each_thread(monkeypatch):
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     t = torch.zeros(2**20 + 1)
-    assert [p.numel() for (p,),*_ in cut_blocks([t], [t], [t], [t])] == [2**19, 2**19, 1]
+    (js, blocks), = cut_blocks([t], [t], [t], [t])
+    assert js == [0] and [p.numel() for (p,),*_ in blocks] == [2**19, 2**19, 1]
 
 def test_blocks_hold_every_element_once():
     sizes = [(3,), (0,), (10, 10), (), (7, 1), (64,)]
     ps = [torch.zeros(s) for s in sizes]
     for size in (1, 5, 64, 1000):
-        blocks = cut_blocks(ps, ps, ps, ps, size)
+        cut = cut_blocks(ps, ps, ps, ps, size)
+        assert sorted(j for js,_ in cut for j in js) == [*range(len(ps))]
+        blocks = [block for _,blocks in cut for block in blocks]
         assert all(sum(t.numel() for t in p) <= size for p,*_ in blocks)
         for p,*_ in blocks:
             for t in p: t.add_(1)
@@ -201,7 +204,6 @@ def steps(opt, ps, grads):
             if not p.requires_grad: continue
             if p.grad is None: p.grad = torch.zeros_like(p)
             p.grad.add_(g.to(p.dtype))
-        if opt.impl == 'steppers': opt._last = None # the reference keeps nothing from one step to the next
         opt.step()
         opt.zero_grad()
 
@@ -228,7 +230,6 @@ def test_change_of_impl(impl):
     for kw in (impl, loop, impl):
         a.foreach, a.fused = kw.get('foreach'), kw.get('fused')
         for o,xs in ((a, ps), (b, qs)): steps(o, xs, [[torch.ones(p.shape) for p in ps]]*3)
-        assert {batch.impl for batch in a._last[1]} == {pick_impl('cpu', torch.float32, a.foreach, a.fused)}
     assert_same(a, b)
     c = NAdam(ps, 1., **loop)
     c.load_state_dict(a.state_dict())

@@ -7,8 +7,9 @@ from weakref import ref
 import pytest, torch
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam, multi_tensor
-from fastai_nadam.multi_tensor import _kernel, address_blocks, foreach_step, fused_step, kernel_step, pick_impl
+from fastai_nadam.multi_tensor import _kernel, foreach_step, fused_step, kernel_rows, kernel_step, pick_impl
 from fastai_nadam.rules import adam_rule, dozat_rule, ruder_rule
+from helpers import python
 
 built = pytest.mark.skipif(_kernel is None, reason='the kernel in C was not built, or is switched off')
 threaded = pytest.mark.skipif(not (_kernel and _kernel.openmp),
@@ -21,13 +22,6 @@ def threads():
     n = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(n)
-
-def python(code, **env):
-    "What a fresh Python prints"
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
-        env={**os.environ, **env})
-    assert p.returncode == 0, p.stderr
-    return p.stdout.split()
 
 def guarded(n, dtype):
     "A tensor of `n` random elements at an odd place in a larger one, and what lies before and after it"
@@ -49,12 +43,12 @@ def formula(p, g, m, v, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2):
 def test_fifty_steps(rule, decay, dtype, threads):
     "Against the formula in float64, with other hypers in each step, on tensors of many lengths at odd places in memory"
     lengths = random.sample(sizes, len(sizes))
-    rows = [[guarded(n, dtype) for n in lengths] for _ in range(4)]
-    raw = [[t for t,*_ in row] for row in rows]
-    around = [(o, o.clone()) for row in rows for _,*os in row for o in os]
+    lists = [[guarded(n, dtype) for n in lengths] for _ in range(4)]
+    raw = [[t for t,*_ in row] for row in lists]
+    around = [(o, o.clone()) for row in lists for _,*os in row for o in os]
     for v in raw[3]: v.abs_()
     exact = [[t.to(torch.float64, copy=True) for t in ts] for ts in raw]
-    blocks, prods, sqr_prod = address_blocks(*raw), {}, 1.
+    rows, prods, sqr_prod = kernel_rows(*raw), {}, 1.
     for step in range(1, 51):
         mom, sqr_mom = random.uniform(0.5, 0.99), random.uniform(0.9, 0.999)
         sqr_prod *= sqr_mom
@@ -64,7 +58,7 @@ def test_fifty_steps(rule, decay, dtype, threads):
         kw[decay] = random.choice([0., 0.1])
         for g,x in zip(raw[1], exact[1]): x.copy_(g.normal_())
         threads(1 + (step%10 == 0))
-        kernel_step(blocks, **kw)
+        kernel_step(rows, **kw)
         threads(1)
         exact = list(zip(*(formula(*ts, **kw) for ts in zip(*exact))))
     for ts,xs in zip(raw, exact):
@@ -102,7 +96,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
     for n in (1, 2, 5):
         threads(n)
         lists = [[t.clone() for t in ts] for ts in start]
-        kernel_step(address_blocks(*lists), lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=1., b=0.5,
+        kernel_step(kernel_rows(*lists), lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=1., b=0.5,
             debias2=0.5)
         res.append(sum(lists, []))
     assert all(torch.equal(x, y) for other in res[1:] for x,y in zip(res[0], other))
@@ -114,11 +108,11 @@ def test_threads_are_pytorchs(first, second):
     "No others are started, `set_num_threads` holds for both, and a child of a fork that has one thread can step"
     gomp, one, before, *n, child = map(int, python(f"""
 import os, torch
-from fastai_nadam.multi_tensor import address_blocks, kernel_step
+from fastai_nadam.multi_tensor import kernel_rows, kernel_step
 lists = [[torch.ones(2_000_000)] for _ in range(4)]
 def torch_op(): return lists[0][0] + lists[1][0]
 hypers = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0., l2=0., a=1., b=1., debias2=1.)
-def step(): kernel_step(address_blocks(*lists), **hypers)
+def step(): kernel_step(kernel_rows(*lists), **hypers)
 def running(): print(len(os.listdir('/proc/self/task')), flush=True)
 print(len({{l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l or 'libomp' in l}}))
 step(); running()
@@ -160,10 +154,3 @@ def test_pick_impl(monkeypatch):
             with pytest.raises(ValueError, match='fused=True: there is no such kernel for'):
                 pick_impl(*args, fused=True)
     pick_impl.cache_clear()
-
-def test_blocks_keep_no_tensor_alive():
-    lists = [[torch.ones(5), torch.ones(3)] for _ in range(4)]
-    blocks, refs = address_blocks(*lists), [ref(t) for ts in lists for t in ts]
-    lists.clear()
-    assert blocks and all(r() is None for r in refs)
-    assert not address_blocks(*[[torch.ones(0)]]*4)
