@@ -112,7 +112,6 @@ class NAdamOptimizer(Optimizer):
             step_stat, partial(nadam_step, rule=rule)]
         super().__init__(params, cbs, **hypers)
         for p in params.concat(): self.state[p] = {} # so that nothing that reads has to add it
-        self._shared = ('step', 'sqr_mom_prod', 'do_wd', *rule(step=1, **self.hypers[0])[2]) # by parameters of a batch
 
     def __setattr__(self, k, v):
         if k in ('decouple_wd', 'foreach', 'fused'): check_flag(k, v, none=k != 'decouple_wd')
@@ -183,9 +182,9 @@ def _batches(self:NAdamOptimizer, groups, ps, states, one_by_one=None):
         return impl and (impl, p.dtype, p.device)
     if one_by_one is None: kinds = [kind(ps[0])]*len(ps)
     else: kinds = [None if j in one_by_one else kind(p) for j,p in enumerate(ps)]
-    res = defaultdict(list)
+    res, shared = defaultdict(list), ('step', 'sqr_mom_prod', 'do_wd', *self.rule(step=1, **self.hypers[0])[2])
     for j,(i,kind,state) in enumerate(zip(groups, kinds, states)):
-        res[(kind, i, *map(state.get, self._shared)) if kind else (None, i)].append(j)
+        res[(kind, i, *map(state.get, shared)) if kind else (None, i)].append(j)
     return [_Batch(kind and kind[0], i, idxs) for (kind,i,*_),idxs in res.items()]
 
 # %% ../nbs/03_optimizer.ipynb #30se
