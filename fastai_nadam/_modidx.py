@@ -116,6 +116,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fastai_nadam/optimizer.py'),
                                         'fastai_nadam.optimizer.NAdamOptimizer.__init__': ( 'optimizer.html#nadamoptimizer.__init__',
                                                                                             'fastai_nadam/optimizer.py'),
+                                        'fastai_nadam.optimizer.NAdamOptimizer.__repr__': ( 'optimizer.html#nadamoptimizer.__repr__',
+                                                                                            'fastai_nadam/optimizer.py'),
                                         'fastai_nadam.optimizer.NAdamOptimizer.__setattr__': ( 'optimizer.html#nadamoptimizer.__setattr__',
                                                                                                'fastai_nadam/optimizer.py'),
                                         'fastai_nadam.optimizer.NAdamOptimizer._batches': ( 'optimizer.html#nadamoptimizer._batches',

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np, torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
@@ -47,8 +48,8 @@ def NAdam(
     wd:float=0.01, # Weight decay (decoupled or L2)
     decouple_wd:bool=True, # Decoupled weight decay (arXiv 1711.05101), or L2 regularization?
     nesterov:bool=True, # Look one momentum update ahead? False gives Adam
-    foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; None: the fastest that the tensors allow
-    fused:bool|None=None # Use a fused kernel? As in `torch.optim`; both False: the steppers
+    foreach:bool|None=None, # Use foreach functions? Both None: the fastest that the tensors allow
+    fused:bool|None=None # Use a fused kernel? One of the two False and the other not True: the steppers
 ) -> 'NAdamOptimizer':
     "NAdam/NAdamW: Ruder's simplified rule (arXiv 1609.04747), debiased exactly under any momentum schedule"
     rule = ruder_rule if check_flag('nesterov', nesterov) else adam_rule
@@ -64,8 +65,8 @@ def DozatNAdam(
     wd:float=0., # Weight decay (decoupled or L2)
     decouple_wd:bool=True, # Decoupled weight decay (arXiv 1711.05101), or L2 regularization?
     mom_decay:float|None=4e-3, # Momentum decay ψ: 4e-3 PyTorch, 1 Keras, None no warm-up (optax); schedulable
-    foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; None: the fastest that the tensors allow
-    fused:bool|None=None # Use a fused kernel? As in `torch.optim`; both False: the steppers
+    foreach:bool|None=None, # Use foreach functions? Both None: the fastest that the tensors allow
+    fused:bool|None=None # Use a fused kernel? One of the two False and the other not True: the steppers
 ) -> 'NAdamOptimizer':
     "NAdam with Dozat's rule and momentum warm-up (ICLR 2016 workshop): the steps of `torch.optim.NAdam`"
     mom_decay = math.inf if mom_decay is None else mom_decay
@@ -101,8 +102,8 @@ class NAdamOptimizer(Optimizer):
         params:Tensor|Iterable, # Parameters, or a list of parameter groups
         rule=ruder_rule, # Gives (a, b) and its running product from state and hypers, see `fastai_nadam.rules`
         decouple_wd:bool=True, # Decay the weights (AdamW), or add `wd` times the weights to the gradient (L2)?
-        foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; see `pick_impl`
-        fused:bool|None=None, # Use a fused kernel? Both None: the fastest; see `pick_impl`
+        foreach:bool|None=None, # Use foreach functions? Both None: the fastest that the tensors allow
+        fused:bool|None=None, # Use a fused kernel? One of the two False and the other not True: the steppers
         **hypers # Default hyper-parameters: `lr`, `mom`, `sqr_mom`, `eps`, `wd`, …
     ):
         store_attr('rule,decouple_wd,foreach,fused')
@@ -138,6 +139,18 @@ class NAdamOptimizer(Optimizer):
         "How the parameters are stepped: 'kernel', 'fused', 'foreach' or 'steppers', or several of them"
         impls = {self._impl(p) for pg in self.param_lists for p in pg}
         return ', '.join(sorted(o.__name__.removesuffix('_step') if o else 'steppers' for o in impls))
+
+# %% ../nbs/03_optimizer.ipynb #13rp
+@patch
+def __repr__(self:NAdamOptimizer):
+    rule = getattr(self.rule, '__name__', self.rule)
+    lines = [f"NAdamOptimizer: {rule}, {'decoupled' if self.decouple_wd else 'L2'} weight decay, stepped by {self.impl}"]
+    for i,(pg,h) in enumerate(zip(self.param_lists, self.hypers)):
+        n = sum(p.numel() for p in pg if not is_lazy(p))
+        frozen = ', frozen' if all(isinstance(p, nn.Parameter) and not p.requires_grad for p in pg) else ''
+        hypers = ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in h.items())
+        lines.append(f"group {i}: {len(pg)} tensors, {n:,} elements{frozen}; {hypers}")
+    return '\n'.join(lines)
 
 # %% ../nbs/03_optimizer.ipynb #13se
 def _init_state(p, state):
@@ -209,18 +222,6 @@ def step(self:NAdamOptimizer, closure=None):
     with nullcontext() if all(b.impl is kernel_step for b in batches) else ctrl_c_waits():
         for b in batches: self._step_batch(b, rows, hypers[b.group], *map(b.take, lists))
 
-# %% ../nbs/03_optimizer.ipynb #31se
-@patch
-def _new_numbers(self:NAdamOptimizer, hyper, state):
-    "Arguments of an implementation for parameters of the same `state`, and what the step writes into their states"
-    step = int(state.get('step', 0)) + 1
-    a, b, new = self.rule(**{**state, **hyper, 'step': step})
-    new = dict(new, step=step, sqr_mom_prod=running_prod(hyper['sqr_mom'], step, state.get('sqr_mom_prod')))
-    wd = hyper['wd'] if state.get('do_wd', True) else 0.
-    args = {k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')}
-    args.update(wd=wd if self.decouple_wd else 0., l2=0. if self.decouple_wd else wd)
-    return dict(args, a=a, b=b, debias2=1-new['sqr_mom_prod']), new
-
 # %% ../nbs/03_optimizer.ipynb #31sa
 @contextmanager
 def ctrl_c_waits():
@@ -251,6 +252,18 @@ def _together(self:NAdamOptimizer, ps, new):
         for p,s in zip(ps, states):
             if begun and s.get('step') != new['step']: self.state[p] = {k: s[k] for k in self._keep_on_clear if k in s}
         raise
+
+# %% ../nbs/03_optimizer.ipynb #31se
+@patch
+def _new_numbers(self:NAdamOptimizer, hyper, state):
+    "Arguments of an implementation for parameters of the same `state`, and what the step writes into their states"
+    step = int(state.get('step', 0)) + 1
+    a, b, new = self.rule(**{**state, **hyper, 'step': step})
+    new = dict(new, step=step, sqr_mom_prod=running_prod(hyper['sqr_mom'], step, state.get('sqr_mom_prod')))
+    wd = hyper['wd'] if state.get('do_wd', True) else 0.
+    args = {k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')}
+    args.update(wd=wd if self.decouple_wd else 0., l2=0. if self.decouple_wd else wd)
+    return dict(args, a=a, b=b, debias2=1-new['sqr_mom_prod']), new
 
 # %% ../nbs/03_optimizer.ipynb #31sg
 @patch

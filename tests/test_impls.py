@@ -1,7 +1,8 @@
 "Every implementation gives the same parameters and the same state as the steppers, whatever happens between two steps"
-import gc, pickle, random
+import gc, pickle, random, subprocess, sys
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from weakref import ref
 
 import pytest, torch
@@ -324,3 +325,13 @@ def test_infinity_is_float32_for_the_kernels():
     torch.set_default_dtype(torch.float64)
     try: assert _inf.__wrapped__('cpu').dtype == torch.float32
     finally: torch.set_default_dtype(torch.float32)
+
+def test_the_device_option_arrives(request):
+    assert torch.randn(2).device.type == nn.Linear(2, 2).weight.device.type == request.config.getoption('--device')
+
+def test_one_option_says_where_tensors_are():
+    "`pytest tests/test_impls.py --device cuda` runs this list on a GPU; here another device stands in for it"
+    test = f'{__file__}::test_the_device_option_arrives'
+    p = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', test, '--device', 'meta'],
+        capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert p.returncode == 0 and '1 passed' in p.stdout, p.stdout

@@ -2,9 +2,9 @@
 import math, os, random, subprocess, sys
 from functools import partial
 from types import SimpleNamespace
-from weakref import ref
 
 import pytest, torch
+from packaging.version import Version
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam, multi_tensor
 from fastai_nadam.multi_tensor import _kernel, foreach_step, fused_step, kernel_rows, kernel_step, pick_impl
@@ -132,9 +132,13 @@ def test_switched_off_by_the_environment():
     code = """import torch; from fastai_nadam import NAdam, multi_tensor
 print(multi_tensor._kernel is None, NAdam([torch.ones(2)], 1.).impl)"""
     off = ['True', 'fused' if multi_tensor._has_fused('cpu', torch.float32) else 'foreach']
-    assert python(code, FASTAI_NADAM_KERNEL='0') == off
+    assert python(code, FASTAI_NADAM_KERNEL=random.choice(['0', 'off'])) == off
     on = ['False', 'kernel' if _kernel.openmp else off[1]] if _kernel else off
-    assert python(code, FASTAI_NADAM_KERNEL='1') == on
+    assert python(code, FASTAI_NADAM_KERNEL=random.choice(['1', ''])) == on
+    for v in ('0', '00', 'false', 'False', 'no', 'NO', 'off', ' off '): assert not multi_tensor._is_on(v)
+    for v in ('', '1', 'true', 'Yes', 'on'): assert multi_tensor._is_on(v)
+    for v in ('2', 'nein', '0.0'):
+        with pytest.raises(ValueError, match=f'FASTAI_NADAM_KERNEL must be 1 or 0.*got .{v}'): multi_tensor._is_on(v)
 
 def test_pick_impl(monkeypatch):
     "With a kernel that has threads, with one that has none, and without one"
@@ -154,3 +158,114 @@ def test_pick_impl(monkeypatch):
             with pytest.raises(ValueError, match='fused=True: there is no such kernel for'):
                 pick_impl(*args, fused=True)
     pick_impl.cache_clear()
+
+# The same bits everywhere
+
+one_step = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=0.97, b=0.31, debias2=0.5)
+
+def bits(lists): return [t.clone() for ts in lists for t in ts]
+
+@built
+@pytest.mark.parametrize('dtype', tols, ids=str)
+def test_equal_values_stay_equal_at_every_place(dtype):
+    "In the middle of a tensor, where many elements are computed at once, and at its ends"
+    for _ in range(20):
+        n = random.choice([1, 3, 17, 100, 1001])
+        values = torch.randn(4, dtype=dtype).abs()
+        lists = [[torch.full((n,), v, dtype=dtype)] for v in values]
+        for _ in range(5): kernel_step(kernel_rows(*lists), **one_step)
+        for (t,) in lists: assert (t == t[0]).all()
+
+@built
+@pytest.mark.parametrize('dtype', tols, ids=str)
+def test_the_same_bits_at_every_address(dtype):
+    start, res = [torch.rand(1001, dtype=dtype) for _ in range(4)], []
+    for at in (0, 1, 2, 3, 5, 8, 13):
+        lists = [[torch.empty(1001 + 20, dtype=dtype)[a:a+1001].copy_(t)] for a,t in zip((at, 0, random.randrange(20), at), start)]
+        for _ in range(3): kernel_step(kernel_rows(*lists), **one_step)
+        res.append(bits(lists))
+    for other in res[1:]: assert all(torch.equal(x, y) for x,y in zip(res[0], other))
+
+@built
+def test_the_same_bits_on_every_processor(tmp_path, copy_project):
+    "The version for the processor at hand, and the one for all others"
+    code = """
+import torch
+from fastai_nadam.multi_tensor import kernel_rows, kernel_step
+for dtype in (torch.float32, torch.float64):
+    g = torch.Generator().manual_seed(SEED)
+    lists = [[torch.rand(n, generator=g, dtype=dtype) for n in (1, 7, 1000, 70_001)] for _ in range(4)]
+    for _ in range(20): kernel_step(kernel_rows(*lists), **NUMBERS)
+    for t in [t for ts in lists for t in ts]: print(hash(t.numpy().tobytes()))
+""".replace('SEED', str(random.randrange(2**31))).replace('NUMBERS', repr(one_step))
+    copy_project(tmp_path/'p')
+    build = [sys.executable, 'setup.py', '-q', 'build_ext', '--inplace', '--force']
+    for extra in ('', '-DNO_CLONES'):
+        subprocess.run(build, cwd=tmp_path/'p', env={**os.environ, 'CFLAGS': extra}, check=True, capture_output=True)
+        so, = (tmp_path/'p'/'fastai_nadam').glob('_kernel*')
+        (tmp_path/f'{extra or "clones"}.so').write_bytes(so.read_bytes())
+    def run(so):
+        load = f"""
+import importlib.machinery as m, importlib.util as u, fastai_nadam.multi_tensor as mt
+spec = u.spec_from_file_location('_kernel', {str(so)!r}, loader=m.ExtensionFileLoader('_kernel', {str(so)!r}))
+mt._kernel = u.module_from_spec(spec)
+spec.loader.exec_module(mt._kernel)
+"""
+        return python('import torch' + load + code, PYTHONHASHSEED='0')
+    assert run(tmp_path/'clones.so') == run(tmp_path/'-DNO_CLONES.so')
+
+# What PyTorch tells
+
+@built
+def test_the_newest_pytorch_has_the_exchange_api():
+    "If this fails, PyTorch has changed, and many small tensors take two to five times as long as they should"
+    if Version(torch.__version__) < Version('2.10'): pytest.skip('this PyTorch has none yet')
+    ts = [[torch.randn(s) for s in ((), (3,), (2, 3), (0, 2))] for _ in range(4)]
+    rows = multi_tensor.ordinary_rows(*ts)
+    assert rows and rows.bytes == kernel_rows(*ts).bytes
+
+@built
+@pytest.mark.parametrize('harm', ['dtype', 'shape', 'strides', 'gaps', 'expanded', 'negative', 'class', 'shared', 'overlap',
+    'sparse', 'meta', 'empty storage', 'shrunk storage', 'not aligned', 'none', 'number'])
+def test_rows_out_of_the_ordinary(harm):
+    "In any place of any row"
+    if not multi_tensor.exchange_api: pytest.skip('this PyTorch has no exchange API')
+    ts = [[torch.randn(4, 4) for _ in range(3)] for _ in range(4)]
+    assert multi_tensor.ordinary_rows(*ts)
+    k, j = random.randrange(4), random.randrange(3)
+    t, other = ts[k][j], ts[(k+1) % 4][(j+1) % 3]
+    def shrunk():
+        x = torch.randn(100)[50:66].view(4, 4)
+        x.untyped_storage().resize_(4*65)
+        return x
+    def emptied():
+        x = torch.randn(4, 4)
+        x.untyped_storage().resize_(0)
+        return x
+    class Other(torch.Tensor): pass
+    bad = {'dtype': lambda: t.double(), 'shape': lambda: t[:2], 'strides': lambda: t.t().contiguous().t(), 'gaps': lambda: torch.randn(4, 8)[:, ::2],
+        'expanded': lambda: t[:1].expand(4, 4), 'class': lambda: t.as_subclass(Other), 'shared': lambda: other,
+        'negative': lambda: torch.randn(16, dtype=torch.complex64).conj().imag.as_strided((4, 4), (4, 1)),
+        'overlap': lambda: other.view(-1).as_strided((4, 4), (4, 1)), 'sparse': lambda: t.to_sparse(), 'meta': lambda: t.to('meta'),
+        'empty storage': emptied, 'shrunk storage': shrunk, 'none': lambda: None, 'number': lambda: 3.,
+        'not aligned': lambda: torch.frombuffer(bytearray(65), dtype=torch.float32, offset=1).view(4, 4)}[harm]()
+    ts[k][j] = bad
+    assert multi_tensor.ordinary_rows(*ts) is None
+
+@built
+def test_dense_layouts_are_ordinary():
+    if not multi_tensor.exchange_api: pytest.skip('this PyTorch has no exchange API')
+    for shape in ((2, 3, 4, 5), (1, 3, 1, 2), (5, 1), (1,)):
+        order = random.sample(range(len(shape)), len(shape))
+        ts = [[torch.randn([shape[i] for i in order]).permute([order.index(i) for i in range(len(shape))])] for _ in range(4)]
+        assert ts[0][0].shape == shape and multi_tensor.ordinary_rows(*ts)
+
+@built
+def test_step_takes_nothing_else():
+    "As the function of the C module is called, with arguments that are no good"
+    rows = kernel_rows(*[[torch.ones(3)] for _ in range(4)])
+    for bad in ((), (rows.bytes,), (rows.bytes, (), {}), (rows.bytes, [{}], [], 0, 1, *[1.]*9), (3, [], {}, 0, 1, *[1.]*9)):
+        with pytest.raises(TypeError): _kernel.step(*bad)
+    for bad in ((), (None, [], [], []), (object(), [1]*4, [0]*4, [0]*4)):
+        try: assert _kernel.rows(*bad) is None
+        except TypeError: pass
