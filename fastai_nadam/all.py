@@ -1,3 +1,4 @@
+from . import *
 from .rules import *
 from .steppers import *
 from .optimizer import *

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../nbs/00_checks.ipynb #40cd
-import math
+import math, reprlib
+from numbers import Integral, Real
 
 # %% ../nbs/00_checks.ipynb #40ve
 def check_number(
@@ -46,3 +47,104 @@ def check_flag(
     "Check the value of a flag. Raises a `ValueError` if it is not allowed"
     if isinstance(v, bool) or (none and v is None): return v
     raise ValueError(f"{k} must be {'None, ' if none else ''}True or False, got {v!r}")
+
+# %% ../nbs/00_checks.ipynb #40dc
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+def shown(v) -> str:
+    "`v` on a short line of printable characters, for an error message"
+    try: return ' '.join(_short.repr(v).split())
+    except Exception: return f'a {type(v).__name__}' # such as a number of 5,000 digits
+
+def allow(
+    what:str, # What is allowed, in words
+    ok # Function of a value: is it allowed?
+): # A check, a function of a name and a value
+    "A check of a single value"
+    def check(k, v):
+        if ok(v): return v
+        raise ValueError(f"{k or 'it'} must be {what}, got {shown(v)}")
+    return check
+
+# %% ../nbs/00_checks.ipynb #40dd
+def is_number(v) -> bool:
+    "Is `v` a number that fits into 64 bits? NaN is one"
+    if isinstance(v, Integral): return not isinstance(v, bool) and -2**63 <= v < 2**63
+    return isinstance(v, Real)
+
+def number(low:float=-math.inf, high:float=math.inf):
+    "Allow a finite number"
+    bounds = '' if low == -math.inf else f' from {low:g}' if high == math.inf else f' from {low:g} to {high:g}'
+    return allow(f'a finite number{bounds}', lambda v: is_number(v) and low <= v <= high and math.isfinite(v))
+
+def whole(low:int=0, high:int=2**53):
+    "Allow a whole number"
+    def ok(v): return isinstance(v, int) and not isinstance(v, bool) and low <= v
+    is_whole, is_low = allow(f'a whole number from {low}', ok), allow(f'at most {high}', lambda v: v <= high)
+    return lambda k,v: is_low(k, is_whole(k, v))
+
+def one_of(*vals):
+    "Allow one of these values"
+    return allow(' or '.join(map(repr, vals)), lambda v: any(type(v) is type(o) and v == o for o in vals))
+
+def hyper(name:str):
+    "Allow a number that NAdam allows for a hyper"
+    what, ok = _allowed[name]
+    return allow(what, lambda v: is_number(v) and ok(v))
+
+text = allow('text of up to 1000 printable characters',
+    lambda v: isinstance(v, str) and len(v) <= 1000 and v.isprintable())
+flag = allow('True or False', lambda v: isinstance(v, bool))
+
+# %% ../nbs/00_checks.ipynb #40df
+_is_list = allow('a list', lambda v: isinstance(v, (list, tuple)))
+_is_dict = allow('a dictionary, with names as its keys',
+    lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v))
+
+def optional(check):
+    "Allow None too"
+    return lambda k,v: v if v is None else check(k, v)
+
+def each(check, n:int|None=None):
+    "Allow a list, of `n` items if that is given, in which `check` allows each"
+    def all_of(k, v):
+        _is_list(k, v)
+        if n not in (None, len(v)): raise ValueError(f"{k or 'it'} must have {n} items, got {len(v)}")
+        for i,o in enumerate(v): check(f'{k}[{i}]', o)
+        return v
+    return all_of
+
+def sequence(*checks):
+    "Allow a list with one item for each of the checks"
+    has_length = each(lambda k,v: v, len(checks))
+    def all_of(k, v):
+        has_length(k, v)
+        for i,(check,o) in enumerate(zip(checks, v)): check(f'{k}[{i}]', o)
+        return v
+    return all_of
+
+def values(check):
+    "Allow a dictionary with any names, in which `check` allows each value"
+    def all_of(k, v):
+        for name,o in _is_dict(k, v).items():
+            text(f'a name in {k}', name)
+            check(f'{k}.{name}'.lstrip('.'), o)
+        return v
+    return all_of
+
+def entries(
+    required:dict, # Name of an entry → its check
+    maybe:dict={}, # The same for entries that may be missing
+    noun:str='entry' # What an entry is called
+):
+    "Allow a dictionary with these entries and no others"
+    checks = {**required, **maybe}
+    def all_of(k, v):
+        _is_dict(k, v)
+        lacking, odd = [o for o in required if o not in v], [o for o in v if o not in checks]
+        if lacking: raise ValueError(f"{k or 'it'} must have {lacking[0]!r}")
+        if odd: raise ValueError(f"{k}: no such {noun}: {shown(odd[0])[1:-1]}".removeprefix(': '))
+        for name,o in v.items(): checks[name](f'{k}.{name}'.lstrip('.'), o)
+        return v
+    return all_of

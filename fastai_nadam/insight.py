@@ -8,17 +8,19 @@ __all__ = ['opt_table', 'StepTrace', 'UpdateStats', 'plot_rule']
 # %% ../nbs/05_insight.ipynb #03ec
 import math, warnings
 from collections import deque
+from copy import copy
 from functools import partial
 from types import MethodType
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import Lookahead, Optimizer, OptimWrapper, adam_step, l2_reg, lamb_step, radam_step, weight_decay
 from fastcore.basics import patch
+from .checks import check_hyper, check_int
 from .interop import fastai_name
-from .checks import check_hyper
 from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
 from .steppers import dozat_step, nadam_step
 
@@ -27,21 +29,31 @@ def opt_table(
     learn_or_opt # A `Learner`, or a fastai `Optimizer`, `Lookahead` or `OptimWrapper`
 ) -> pd.DataFrame: # A row per parameter, by name (by position for an optimizer); of the averages, the norms
     "What the optimizer knows about each parameter: hypers, flags, size of state. Raises a `TypeError` if it is none"
-    if isinstance(learn_or_opt, Learner) and learn_or_opt.opt is None:
-        learn_or_opt.create_opt() # as the next `fit` will; not kept, since the user may still choose another `opt_func`
-        try: return opt_table(learn_or_opt)
-        finally: learn_or_opt.opt = None
-    opt, names = _find_opt(learn_or_opt)
-    hypers = [k for k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd') if k in opt.hypers[0]]
-    rows = [dict(param=names.get(p, i), group=g, shape=tuple(p.shape), numel=p.numel(), **{k: h[k] for k in hypers},
-        do_wd=s.get('do_wd', True), force_train=s.get('force_train', False), trainable=p.requires_grad,
-        step=s.get('step'), **{k: _norm(s[k]) if k in s else math.nan for k in ('grad_avg', 'sqr_avg')})
-        for i,(g,p,h,s) in enumerate(_each_param(opt))]
-    return pd.DataFrame(rows).set_index('param').astype({'step': 'Int64'})
+    opt, names = _find_opt(_with_opt(learn_or_opt))
+    rows = [dict(param=names.get(p, i), **_table_row(group, p, hyper, state))
+        for i,(group,p,hyper,state) in enumerate(_each_param(opt))]
+    return pd.DataFrame(rows).set_index('param').astype({'numel': 'Int64', 'step': 'Int64'})
 
 Learner.opt_table = opt_table
 
+def _table_row(group, p, hyper, state):
+    "A row of `opt_table`; a lazy layer has no shape yet"
+    res = dict(group=group, shape=None if is_lazy(p) else tuple(p.shape), numel=pd.NA if is_lazy(p) else p.numel())
+    res.update({k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd') if k in hyper})
+    res.update(do_wd=state.get('do_wd', True), force_train=state.get('force_train', False))
+    res.update(trainable=p.requires_grad, step=state.get('step'))
+    for k in ('grad_avg', 'sqr_avg'): res[k] = _norm(state[k]) if k in state else math.nan
+    return res
+
 # %% ../nbs/05_insight.ipynb #09ec
+def _with_opt(o):
+    "`o`, or if it is a `Learner` with no optimizer yet, a copy that has the one which the next `fit` will make"
+    if not isinstance(o, Learner) or o.opt is not None: return o
+    o = copy(o)
+    if isinstance(o.opt_func, OptimWrapper): o.opt = o.opt_func # `create_opt` would clear its state
+    else: o.create_opt()
+    return o
+
 def _find_opt(o):
     "The optimizer in `o`, without a `Lookahead` around it, and the names of its parameters if `o` is a `Learner`"
     opt, names = (o.opt, {p: n for n,p in o.model.named_parameters()}) if isinstance(o, Learner) else (o, {})
@@ -55,9 +67,13 @@ def _find_opt(o):
 def _in_fastai_names(d):
     "`d` under fastai's names, with numbers as plain numbers"
     no_avg = 'momentum_buffer' if 'square_avg' in d else None # RMSprop's momentum averages steps
-    d = {fastai_name(k): v for k,v in d.items() if v is not None and k != no_avg}
-    def is_number(k, v): return isinstance(v, (np.generic, Tensor)) and v.ndim == 0 and not k.endswith('_avg')
-    return {k: v.item() if is_number(k, v) else v for k,v in d.items()}
+    res = {}
+    for k,v in d.items():
+        if v is None or k == no_avg: continue
+        k = fastai_name(k)
+        is_number = isinstance(v, (np.generic, Tensor)) and v.ndim == 0 and not k.endswith('_avg')
+        res[k] = v.item() if is_number else v
+    return res
 
 def _each_param(opt):
     "Group number, parameter, hypers and state of each parameter of `opt`"
@@ -72,7 +88,9 @@ def _each_param(opt):
 def _float(t):
     "`t` detached, dense, and in at least float32"
     t = t.detach()
-    return (t if t.layout == torch.strided else t.to_dense()).to(torch.promote_types(t.dtype, torch.float32))
+    if t.layout != torch.strided: t = t.to_dense()
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
 def _norm(t): return torch.linalg.vector_norm(_float(t)).item()
 
 # %% ../nbs/05_insight.ipynb #09fc
@@ -87,29 +105,29 @@ _torch_opts = {torch.optim.NAdam: (dozat_rule, False), torch.optim.AdamW: (adam_
 
 def _rule_of(opt):
     "The rule by which `opt` weighs average and gradient, None if it follows none of the family"
-    if isinstance(opt, OptimWrapper): return _torch_opts.get(type(opt.opt), (None,))[0]
+    if isinstance(opt, OptimWrapper): return _torch_opts.get(type(opt.opt), (None, None))[0]
     if hasattr(opt, 'rule'): return opt.rule
     for cb in opt.cbs:
-        f, kw = getattr(cb, 'func', cb), dict(getattr(cb, 'keywords', {}))
-        if f in _stepper_rules: return partial(kw.pop('rule', _stepper_rules[f]), **kw)
+        stepper, kw = getattr(cb, 'func', cb), dict(getattr(cb, 'keywords', {}))
+        if stepper in _stepper_rules: return partial(kw.pop('rule', _stepper_rules[stepper]), **kw)
 
 def _decay_of(opt, lr, wd=0., do_wd=True, decoupled_weight_decay=None, **kwargs):
     "What a step takes off a weight of 1 by decoupled decay, and adds to its gradient by L2; NaN if not known"
     if not (wd and do_wd): return 0., 0.
     if isinstance(opt, OptimWrapper):
-        if decoupled_weight_decay is None: decoupled_weight_decay = _torch_opts.get(type(opt.opt), (None, None))[1]
-        return (math.nan, 0.) if decoupled_weight_decay is None else (lr*wd, 0.) if decoupled_weight_decay else (0., wd)
-    cbs = [getattr(cb, 'func', cb) for cb in opt.cbs]
-    return lr*wd if weight_decay in cbs else 0., wd if l2_reg in cbs else 0.
+        decoupled = decoupled_weight_decay
+        if decoupled is None: decoupled = _torch_opts.get(type(opt.opt), (None, None))[1]
+        if decoupled is None: return math.nan, 0.
+        return (lr*wd, 0.) if decoupled else (0., wd)
+    steppers = [getattr(cb, 'func', cb) for cb in opt.cbs]
+    decay = lr*wd if weight_decay in steppers else 0.
+    l2 = wd if l2_reg in steppers else 0.
+    return decay, l2
 
 def _each_grad(opt):
     "Number, parameter, hypers, state and both decays (see `_decay_of`) of each parameter with a gradient"
     for i,(_,p,h,s) in enumerate(_each_param(opt)):
         if p.grad is not None: yield i, p, h, s, *_decay_of(opt, **{**s, **h})
-
-def _check_count(**kwargs):
-    for k,v in kwargs.items():
-        if not isinstance(v, int) or v < 1: raise ValueError(f"{k} must be a whole number ≥ 1, got {v!r}")
 
 # %% ../nbs/05_insight.ipynb #25ec
 class StepTrace:
@@ -120,10 +138,12 @@ class StepTrace:
         max_numel:int=100, # Tensors of up to this many elements are copied whole; of larger ones only the norm is kept
         max_steps:int=1000 # Keep the last so many steps
     ):
-        _check_count(max_numel=max_numel, max_steps=max_steps)
+        check_int('max_numel', max_numel)
+        check_int('max_steps', max_steps)
         if isinstance(opt, Learner) and opt.opt is None: opt.create_opt()
-        _find_opt(opt)
-        self.of, self.max_numel, self.steps, self.undo = opt, max_numel, deque(maxlen=max_steps), None
+        _find_opt(opt) # raises a `TypeError` if there is none
+        self.of, self.max_numel, self.steps = opt, max_numel, deque(maxlen=max_steps)
+        self.undo = None
     def __enter__(self):
         if self.undo: raise RuntimeError("this StepTrace is recording already; make another one")
         self.seen, self.follow = False, _Follow(self)
@@ -136,7 +156,6 @@ class StepTrace:
         if isinstance(self.of, Learner): self.of.remove_cb(self.follow)
         if not (self.seen or exc_type): warnings.warn("StepTrace recorded nothing, since its optimizer took no step; "
             "if a fit made a new optimizer, pass the Learner instead", stacklevel=2)
-    def _keep(self, t): return t.detach().to('cpu', copy=True) if t.numel() <= self.max_numel else _norm(t)
     def table(self) -> pd.DataFrame: # One row per step and parameter, in order
         "What was recorded"
         return pd.DataFrame([row for rows in self.steps for row in rows], columns=self.cols)
@@ -157,52 +176,60 @@ def _attach(self:StepTrace):
     (self.opt, self.names), self.n_steps = _find_opt(self.of), 0
     # In an OptimWrapper the torch optimizer is traced, whose copies and pickles leave such an attribute out
     opt = self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt
-    inner = opt.step
+    inner, replaced = opt.step, vars(opt).get('step') # another trace may have placed a `step` there
     def step(o, *args, **kwargs):
         if o is not opt: return type(o).step(o, *args, **kwargs) # a copy of the optimizer, made while it was traced
-        if step.ended: return inner(*args, **kwargs)
         before = self._before()
         res = inner(*args, **kwargs)
         self._after(before)
         return res
-    step.ended, step.below = False, vars(opt).get('step')
-    opt.step = MethodType(step, opt)
     def undo():
-        step.ended = True
-        while getattr(vars(opt).get('step'), 'ended', False):
-            below = vars(opt).pop('step').below
-            if below: opt.step = below
+        vars(opt).pop('step', None)
+        if replaced: opt.step = replaced
+    opt.step = MethodType(step, opt)
     self.undo = undo
 
 # %% ../nbs/05_insight.ipynb #25he
 @patch
+def _keep(self:StepTrace, t): return t.detach().to('cpu', copy=True) if t.numel() <= self.max_numel else _norm(t)
+
+@patch
 def _before(self:StepTrace):
-    "For each parameter with a gradient: its number, hypers, state, gradient with L2 decay, value, and decoupled decay"
-    return [(i, h, s, p.grad.add(p.detach(), alpha=l2) if l2 else p.grad, self._keep(p), decay)
-        for i,p,h,s,decay,l2 in _each_grad(self.opt)]
+    "What the step of each parameter with a gradient begins with"
+    res = []
+    for i,p,hyper,state,decay,l2 in _each_grad(self.opt):
+        grad = p.grad.add(p.detach(), alpha=l2) if l2 else p.grad
+        res.append(dict(i=i, hyper=hyper, old=state, grad=grad, p_before=self._keep(p), decay=decay))
+    return res
 
 @patch
 def _after(self:StepTrace, before):
     "Record a step, given what `_before` returned"
-    self.n_steps, self.seen = self.n_steps+1, True
-    now, rule = [*_each_param(self.opt)], _rule_of(self.opt)
-    # A rule counts the steps of each parameter, so where the count stands still, the parameter was passed over
-    self.steps.append([self._row(i, now[i][1], now[i][3], rule, h, s, *rest) for i,h,s,*rest in before
-        if rule is None or now[i][3].get('step') != s.get('step')])
+    self.n_steps += 1
+    self.seen = True
+    params, rule, rows = [*_each_param(self.opt)], _rule_of(self.opt), []
+    for o in before:
+        _, p, _, state = params[o['i']]
+        # A rule counts the steps of each parameter, so where the count stands still, the parameter was passed over
+        if rule is None or state.get('step') != o['old'].get('step'): rows.append(self._row(p, state, rule, **o))
+    self.steps.append(rows)
 
 @patch
-def _row(self:StepTrace, i, p, state, rule, h, s, g, p_before, decay):
-    "What happened to `p`: `h`, `s`, `g` and `p_before` are from before the step, `state` is from after it"
-    step = int(state.get('step', self.n_steps))
-    r = dict(step=step, param=self.names.get(p, i), **{k: h[k] for k in ('lr', 'mom', 'sqr_mom') if k in h},
-        **{k: self._keep(state[k]) for k in ('grad_avg', 'sqr_avg') if k in state},
-        grad=self._keep(g), p_before=p_before, p=self._keep(p),
-        p_wd=p_before * (1-decay if isinstance(p_before, Tensor) else abs(1-decay)))
+def _row(self:StepTrace, p, state, rule, i, hyper, old, grad, p_before, decay):
+    "What a step did to `p`: `state` is from after it, `old` is the state from before it"
+    step, left = int(state.get('step', self.n_steps)), 1 - decay
+    r = dict(step=step, param=self.names.get(p, i), grad=self._keep(grad), p_before=p_before, p=self._keep(p))
+    r['p_wd'] = p_before * (left if isinstance(p_before, Tensor) else abs(left)) # a norm is not negative
+    r.update({k: hyper[k] for k in ('lr', 'mom', 'sqr_mom') if k in hyper})
+    r.update({k: self._keep(state[k]) for k in ('grad_avg', 'sqr_avg') if k in state})
     if rule:
-        a, b, prod = rule(**{**s, **h, 'step': step})
-        (mom_prod,), debias2 = prod.values(), 1 - running_prod(h['sqr_mom'], step, s.get('sqr_mom_prod'))
+        a, b, new = rule(**{**old, **hyper, 'step': step})
+        mom_prod = new.get('mom_prod', new.get('mu_prod', math.nan)) # a rule of your own may keep none
+        debias2 = 1 - running_prod(hyper['sqr_mom'], step, old.get('sqr_mom_prod'))
         r.update(a=a, b=b, mom_prod=mom_prod, debias1=1-mom_prod, debias2=debias2)
-    if 'grad_avg' in state: r['num'] = self._keep(h['mom']*_float(state['grad_avg']) + (1-h['mom'])*_float(g))
+    if 'grad_avg' in state:
+        mom = hyper['mom']
+        r['num'] = self._keep(mom*_float(state['grad_avg']) + (1-mom)*_float(grad))
     return tuple(r.get(k, math.nan) for k in self.cols)
 
 # %% ../nbs/05_insight.ipynb #38ec
@@ -212,23 +239,29 @@ class UpdateStats(Callback):
     cols = 'step param update_ratio grad_norm cosine wd_share'.split()
     def __init__(self,
         every:int=10, # Record a step every so many batches, beginning with the first
-        max_records:int=500 # Above this many recorded steps, drop every second one and then record half as often
+        max_records:int=500, # Above this many recorded steps, drop every second one and then record half as often
+        writer=None # Gets each figure by `add_scalar(name, value, step)`; None: that of a `TensorBoardCallback`, if any
     ):
-        _check_count(every=every, max_records=max_records)
-        self.every, self.max_records, self.records, self.names, self.copies = every, max_records, [], [], None
+        check_int('every', every)
+        check_int('max_records', max_records)
+        self.every, self.max_records, self.writer = every, max_records, writer
+        self.records, self.copies = [], None
     def before_fit(self):
         "Start again, except for the trial run of `lr_find`"
         self.run = not hasattr(self.learn, 'lr_finder')
         if not self.run: return
         opt, names = _find_opt(self.learn)
-        ps = [p for _,p,*_ in _each_param(opt)]
-        self.names, self.is_weight = [names.get(p, i) for i,p in enumerate(ps)], [p.ndim > 1 for p in ps]
-        self.records, self.copies, self.n_steps, self.next_iter, self.gap = [], None, 0, 0, self.every
+        self.names = [names.get(p, i) for i,(_,p,*_) in enumerate(_each_param(opt))]
+        self.weights = set() # names of those that have more than one dimension
+        self.records, self.copies = [], None
+        self.n_steps, self.next_iter, self.gap = 0, 0, self.every
     def before_step(self):
         "Copy the parameters if this step is to be recorded"
-        params = _each_grad(_find_opt(self.learn)[0]) if self.train_iter >= self.next_iter else []
-        # L2 decay is no separate part of the step
-        self.copies = [(i, p, _float(p).clone(), math.nan if l2 else decay) for i,p,_,_,decay,l2 in params]
+        self.copies = []
+        if self.train_iter < self.next_iter: return
+        for i,p,_,_,decay,l2 in _each_grad(_find_opt(self.learn)[0]):
+            if p.ndim > 1: self.weights.add(self.names[i])
+            self.copies.append((i, p, _float(p).clone(), math.nan if l2 else decay)) # L2 is no separate part of a step
     def after_cancel_step(self): self.copies = None
     def after_step(self):
         "Record the step, unless it was skipped"
@@ -238,57 +271,76 @@ class UpdateStats(Callback):
         if not copies: return
         rows = [(self.n_steps, self.names[i], *_update_stats(*copy).tolist()) for i,*copy in copies]
         self.records.append((self.train_iter, rows))
+        self._write(rows)
         if len(self.records) > self.max_records: self.records, self.gap = self.records[::2], 2*self.gap
         self.next_iter = self.records[-1][0] + self.gap
     def table(self) -> pd.DataFrame: # A row per recorded step and parameter; `step` counts the steps of this `fit`
         "What was recorded"
         return pd.DataFrame([row for _,rows in self.records for row in rows], columns=self.cols)
+    def __getstate__(self): return {**self.__dict__, 'writer': None} # an open log cannot be pickled
+
+# %% ../nbs/05_insight.ipynb #38wc
+@patch
+def _write(self:UpdateStats, rows):
+    "Hand the figures of a step to the writer, with the number of batches that fastai's callbacks use"
+    writers = [self.writer, *(vars(cb).get('writer') for cb in self.learn.cbs if cb is not self)]
+    writer = next((o for o in writers if hasattr(o, 'add_scalar')), None)
+    if writer is None: return
+    for _,name,*figures in rows:
+        for k,v in zip(self.cols[2:], figures):
+            if math.isfinite(v): writer.add_scalar(f'{k}/{name}', v, self.train_iter + 1)
 
 # %% ../nbs/05_insight.ipynb #38fc
 def _update_stats(p, before, decay):
     "Update ratio, gradient norm, cosine and decay share of a step of `p`; overwrites `before`, its copy"
-    norm, x, g, before = torch.linalg.vector_norm, _float(p).flatten(), _float(p.grad).flatten(), before.flatten()
+    norm = torch.linalg.vector_norm
+    before, p, g = before.flatten(), _float(p).flatten(), _float(p.grad).flatten()
     p_norm, g_norm = norm(before), norm(g)
-    d = torch.sub(x, before, out=before)
+    d = torch.sub(p, before, out=before)
     d_norm = norm(d)
-    cos, ratio = torch.dot(d, g)/(d_norm*g_norm), torch.where(p_norm > 0, d_norm/p_norm, math.inf)
-    if not decay: return torch.stack([ratio, g_norm, cos, torch.zeros_like(cos)])
-    wd_norm, rest = decay*p_norm, norm(d.lerp_(x, decay)) # Δp + decay·p, with the p before the step
-    return torch.stack([ratio, g_norm, cos, wd_norm/(wd_norm + rest)])
+    ratio = torch.where(p_norm > 0, d_norm/p_norm, math.inf)
+    cosine = torch.dot(d, g) / (d_norm*g_norm)
+    share = torch.zeros_like(cosine)
+    if decay:
+        rest = d.lerp_(p, decay) # Δp + decay·p, with the p before the step
+        share = decay*p_norm / (decay*p_norm + norm(rest))
+    return torch.stack([ratio, g_norm, cosine, share])
 
 # %% ../nbs/05_insight.ipynb #38gc
 @patch
 def plot(self:UpdateStats,
     all_params:bool=False, # Biases and normalization layers as well, or only the weights of the layers?
-    title:str=None, # Title of the heat map
+    title:str=None,
     lims:tuple=(1e-5, 1e-1), # Update ratios at the two ends of the colors
-    axs=None # Two axes to draw on, so that several runs can share theirs; None: a new figure
+    ax=None # Axes to draw on; None: a new figure
 ):
-    "Update ratio of each layer over time, as a heat map and as lines. Raises a `ValueError` if nothing was recorded"
+    "Update ratio of each layer over time, as a heat map. Raises a `ValueError` if nothing was recorded"
     if not self.records: raise ValueError("there is nothing to plot: run a fit with this callback first")
-    rows = [n for n,w in zip(self.names, self.is_weight) if w or all_params] or self.names
-    r = self.table().pivot(index='param', columns='step', values='update_ratio').reindex(rows).dropna(how='all')
-    ax0, ax1 = plt.subplots(1, 2, figsize=(13, 4), layout='constrained')[1] if axs is None else axs
-    steps, n = r.columns.to_numpy(), len(r)
-    pad = (steps[-1]-steps[0]) / max(len(steps)-1, 1) / 2 or 0.5
-    im = ax0.imshow(r.clip(*lims), origin='lower', aspect='auto', norm='log', vmin=lims[0], vmax=lims[1],
-        extent=(steps[0]-pad, steps[-1]+pad, -0.5, n-0.5))
-    ticks = np.unique(np.linspace(0, n-1, min(n, 12)).round().astype(int))
-    ax0.set(title=title, xlabel='step', yticks=ticks, yticklabels=r.index[ticks])
-    ax0.figure.colorbar(im, ax=ax0, extend='both', label='update ratio ‖Δp‖/‖p‖').ax.axhline(1e-3, color='w', ls='--')
-    for i,row in enumerate(r.to_numpy()):
-        look = {0: dict(label='first layer', ls='-.', lw=2), n-1: dict(label='last layer', ls=':', lw=2)}.get(i, {})
-        ax1.plot(steps, row, color=plt.cm.viridis(i/max(n-1, 1)), **{'lw': 0.8, **look})
-    ax1.plot(steps, r.median(), 'k', lw=2, label='median')
-    ax1.axhline(1e-3, color='k', ls='--', lw=1, label='rule of thumb: 1e-3')
-    ax1.set(yscale='log', title='the same, a line for each layer', xlabel='step', ylabel='update ratio ‖Δp‖/‖p‖')
-    ax1.legend(fontsize='small', loc='lower center')
-    for ax in (ax0, ax1): ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    r = self.table().pivot(index='param', columns='step', values='update_ratio')
+    names = [o for o in self.names if o in r.index]
+    if not all_params: names = [o for o in names if o in self.weights] or names
+    r = r.loc[names]
+    if ax is None: _, ax = plt.subplots(figsize=(8, 2 + 0.13*len(r)), layout='constrained')
+    first, last = r.columns[[0, -1]]
+    half = (last-first) / max(len(r.columns)-1, 1) / 2 or 0.5 # half the width of a column
+    im = ax.imshow(r.clip(*lims), origin='lower', aspect='auto', norm='log', vmin=lims[0], vmax=lims[1],
+        extent=(first-half, last+half, -0.5, len(r)-0.5))
+    ax.set(title=title, xlabel='step', yticks=range(len(r)))
+    ax.set_yticklabels(names, fontsize=8)
+    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    bar = ax.figure.colorbar(im, ax=ax, extend='both', label='update ratio ‖Δp‖/‖p‖, rule of thumb dashed')
+    bar.ax.axhline(1e-3, color='w', ls='--')
 
 # %% ../nbs/05_insight.ipynb #52ec
 _family = {'Ruder (NAdam)': ruder_rule, 'Dozat, ψ = 0.004 (PyTorch)': dozat_rule,
     'Dozat, ψ = 1 (Keras)': partial(dozat_rule, mom_decay=1.),
     'Dozat, no warm-up (optax)': partial(dozat_rule, mom_decay=math.inf), 'no Nesterov (Adam)': adam_rule}
+
+def _moms(mom, n):
+    "The momentum of each step"
+    if callable(mom): mom = [mom(t/n) for t in range(n)]
+    elif np.ndim(mom) == 0: mom = [mom]*n
+    return [check_hyper('mom', m) for m in mom]
 
 def plot_rule(
     mom=0.9, # The momentum: a number, a list with one number per step, or a fastai schedule such as `combined_cos(…)`
@@ -297,24 +349,22 @@ def plot_rule(
     figsize:tuple=None
 ):
     "Plot a and b over the first steps, as the rules debias them and as `mom**step` would"
-    _check_count(n=n)
-    rules = rules or _family
-    moms = [mom(t/n) for t in range(n)] if callable(mom) else [mom]*n if np.ndim(mom) == 0 else mom
-    moms = [check_hyper('mom', m) for m in moms]
+    check_int('n', n)
+    rules, moms = rules or _family, _moms(mom, n)
     steps = range(1, len(moms)+1)
-    _, axs = plt.subplots(2, len(rules), figsize=figsize or (2.6*len(rules), 5), sharex=True, sharey='row',
+    _, axs = plt.subplots(2, len(rules), figsize=figsize or (2.2*len(rules), 4.5), sharex=True, sharey='row',
         squeeze=False, layout='constrained')
-    for axs_,(name,rule) in zip(axs.T, rules.items()):
+    for (ax_a,ax_b),(title,rule) in zip(axs.T, rules.items()):
         kept, power, state = [], [], {}
         for m,t in zip(moms, steps):
-            *ab, state = rule(mom=m, step=t, **state)
-            kept.append(ab)
+            a, b, state = rule(mom=m, step=t, **state)
+            kept.append((a, b))
             power.append(rule(mom=m, step=t)[:2])
-        for ax,y,y_power in zip(axs_, zip(*kept), zip(*power)):
+        for ax,y,y_power in zip((ax_a, ax_b), zip(*kept), zip(*power)):
             ax.plot(steps, y, 'k', label='running product')
             ax.plot(steps, y_power, '--', color='C3', label='mom**step')
-        axs_[0].set_title(name, fontsize=10)
-        axs_[1].set_xlabel('step')
+        ax_a.set_title(title.replace(' (', '\n('), fontsize=10)
+        ax_b.set_xlabel('step')
     axs[0,0].set(yscale='log', ylabel='a, weight of the average')
     axs[1,0].set_ylabel('b, weight of the gradient')
     axs[0,0].legend()

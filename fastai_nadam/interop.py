@@ -52,14 +52,17 @@ def _torch_groups(opt):
     "The parameter groups of `opt` in PyTorch's terms, with what is exempt from weight decay in groups of their own"
     index = {p: i for i,p in enumerate(p for pg in opt.param_lists for p in pg)}
     for i,(pg,hyper) in enumerate(zip(opt.param_lists, opt.hypers)):
-        h = {k: check_hyper(k, v) for k,v in hyper.items()}
-        hypers = {'betas': (h['mom'], h['sqr_mom']), **{k: h[fastai_name(k)] for k in _hypers if fastai_name(k) in h}}
-        for do_wd in (True, False):
-            ps = [p for p in pg if bool(opt.state[p].get('do_wd', True)) == do_wd]
-            if pg and not ps or not (pg or do_wd): continue
+        hyper = {k: check_hyper(k, v) for k,v in hyper.items()}
+        torch_hyper = {k: hyper[fastai_name(k)] for k in _hypers if fastai_name(k) in hyper}
+        torch_hyper['betas'] = hyper['mom'], hyper['sqr_mom']
+        exempt = [p for p in pg if not opt.state[p].get('do_wd', True)]
+        decayed = [p for p in pg if opt.state[p].get('do_wd', True)]
+        for ps,wd in ((decayed, hyper['wd']), (exempt, 0.)):
+            is_empty_group = not pg and ps is decayed # which stays
+            if not (ps or is_empty_group): continue
             flags = [{'index': index[p], **_kept_flags(opt, opt.state[p])} for p in ps]
-            yield {'params': ps, **hypers, 'weight_decay': h['wd'] if do_wd else 0.,
-                'fastai': dict(group=i, wd=h['wd'], params=flags)}
+            entry = dict(group=i, wd=hyper['wd'], params=flags)
+            yield {**torch_hyper, 'params': ps, 'weight_decay': wd, 'fastai': entry}
 
 def to_torch(
     opt:NAdamOptimizer # With Dozat's rule, as `DozatNAdam` makes it
@@ -92,19 +95,22 @@ def _flags(pg):
         "delete the entry")
     return flags
 
-def _torch_hypers(pg):
-    hypers = {**{fastai_name(k): pg[k] for k in _hypers if k in pg}, **dict(zip(('mom', 'sqr_mom'), pg['betas']))}
+def _fastai_hypers(pg):
+    "The hypers of a torch group by fastai's names"
+    hypers = {fastai_name(k): pg[k] for k in _hypers if k in pg}
+    hypers['mom'], hypers['sqr_mom'] = pg['betas']
     return {k: check_hyper(k, v) for k,v in hypers.items()}
 
-def _join(pgs):
+def _merge_groups(pgs):
     "The fastai group that is in the torch groups `pgs`: `[(parameter, flags), …]` and hypers"
-    hypers, do_wd = [_torch_hypers(pg) for pg in pgs], [all(o.get('do_wd', True) for o in _flags(pg)) for pg in pgs]
+    hypers = [_fastai_hypers(pg) for pg in pgs]
+    do_wd = [all(o.get('do_wd', True) for o in _flags(pg)) for pg in pgs]
     wds = [h['wd'] for h,d in zip(hypers, do_wd) if d]
     for pg,h,d in zip(pgs, hypers, do_wd):
         if d: continue
         if h['wd'] != 0: raise ValueError(f"a parameter group with do_wd=False has weight_decay={h['wd']!r}; "
             "set it to 0, or delete the group's entry 'fastai' to make it a group of its own")
-        h['wd'] = wds[0] if wds else pg['fastai']['wd']
+        h['wd'] = wds[0] if wds else pg['fastai']['wd'] # that of those which decay
     differ = [k for k,v in hypers[0].items() if any(h[k] != v for h in hypers)]
     if differ: raise ValueError(f"the parameter groups that to_torch made of one fastai group now differ in {differ}; "
         "make them equal, or delete their entries 'fastai' to make them groups of their own")
@@ -112,7 +118,7 @@ def _join(pgs):
     return sorted(ps, key=lambda o: o[1].get('index', 0)), hypers[0]
 
 # %% ../nbs/04_interop.ipynb #18fc
-def _pieces(torch_opt):
+def _split_groups(torch_opt):
     "The groups of `torch_opt`, those that `to_torch` made of one group together"
     for i,pg in enumerate(torch_opt.param_groups):
         for k,what in _only_torch.items():
@@ -121,18 +127,20 @@ def _pieces(torch_opt):
     return groupby(torch_opt.param_groups, lambda pg: pg['fastai']['group'] if 'fastai' in pg else id(pg)).values()
 
 def _is_decoupled(torch_opt):
-    pgs = torch_opt.param_groups
-    decoupled = lambda pg: bool(pg.get('decoupled_weight_decay', isinstance(torch_opt, torch.optim.AdamW)))
-    res = {decoupled(pg) for pg in pgs if pg['weight_decay'] != 0} or {decoupled(pgs[0])}
+    default = isinstance(torch_opt, torch.optim.AdamW)
+    def is_decoupled(pg): return bool(pg.get('decoupled_weight_decay', default))
+    pgs = [pg for pg in torch_opt.param_groups if pg['weight_decay'] != 0] or torch_opt.param_groups[:1]
+    res = {is_decoupled(pg) for pg in pgs}
     if len(res) > 1: raise ValueError("decoupled_weight_decay is True in some param_groups and False in others, "
         "NAdamOptimizer has one for all; make them equal, or make two optimizers")
     return res.pop()
 
 def _from_torch(torch_opt, rule, foreach, fused):
-    pieces = _pieces(torch_opt)
+    "A `NAdamOptimizer` over the parameters of `torch_opt`, with a copy of its state"
+    split = _split_groups(torch_opt)
     _check_frozen(p for pg in torch_opt.param_groups for p in pg['params'])
     decouple_wd = _is_decoupled(torch_opt)
-    groups, hypers = zip(*map(_join, pieces))
+    groups, hypers = zip(*map(_merge_groups, split))
     opt = NAdamOptimizer([[p for p,_ in g] for g in groups], rule, decouple_wd, foreach, fused, **hypers[0])
     def state(p, flags):
         s = torch_opt.state.get(p, {})

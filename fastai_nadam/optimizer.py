@@ -314,7 +314,7 @@ def state_dict(self:NAdamOptimizer):
 # %% ../nbs/03_optimizer.ipynb #36ae
 def _check_state(i, p, state, hyper, rule):
     "`state` of parameter `i`, with the running products that it may lack; a `ValueError` if it does not fit"
-    where = f"state of parameter {i}, of shape {tuple(p.shape)}: "
+    where = f"state of parameter {i}, of shape {'not known yet' if is_lazy(p) else tuple(p.shape)}: "
     def check(ok, msg):
         if not ok: raise ValueError(where + msg)
     check(all(isinstance(k, str) for k in state), f"keys must be strings, got {list(state)}")
@@ -322,6 +322,7 @@ def _check_state(i, p, state, hyper, rule):
         check(isinstance(state.get(k, True), (bool, np.bool_)), f"{k} must be True or False, got {state.get(k)!r}")
     need = {*avgs, 'step'}
     if not need & state.keys(): return state
+    check(not is_lazy(p), 'a lazy layer that has seen no batch has no state')
     check(need <= state.keys(), f"missing {sorted(need - state.keys())}")
     for k in avgs:
         v = state[k]

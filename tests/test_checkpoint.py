@@ -172,7 +172,7 @@ def test_killed_at_any_moment(opt, tiny, tmp_path):
     same_run(tmp_path/'part', tmp_path/'whole')
 
 def test_killed_before_the_first_checkpoint(whole, tmp_path, capsys):
-    for f in ('args.json', '.lock', '.checkpoint.pth.part'):
+    for f in ('args.json', '.checkpoint.pth.part'):
         (tmp_path/'out').mkdir(exist_ok=True)
         (tmp_path/'out'/f).write_text((whole/f).read_text() if (whole/f).exists() else '')
     assert main(['--resume', 'out']) == 0

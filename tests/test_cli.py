@@ -1,12 +1,13 @@
 "What the commands share: options, errors on one line, files that are whole, a lock on a folder"
-import os, random, signal, subprocess, sys
+import io, json, math, os, random, signal, subprocess, sys, time
 
 import matplotlib.pyplot as plt, pytest, torch
 from fastai.vision.all import Callback
 
 from fastai_nadam.tools import cli as room
-from fastai_nadam.checks import check_int
-from fastai_nadam.tools.cli import atomic_save, cli, lock_folder, save_fig, save_json, versions
+from fastai_nadam.checks import check_int, each, entries, number, one_of, optional, sequence, text, values, whole
+from fastai_nadam.tools.cli import (append_text, atomic_save, cli, did_you_mean, lock_folder, read_json, read_text,
+    save_fig, save_json, versions)
 
 def command(
     num_workers:int=3, # How many, 100 % of them
@@ -64,6 +65,17 @@ def test_errors_of_the_function(func, rc, message, capsys, monkeypatch):
     assert message in err and err.count('\n') == 1
     monkeypatch.setenv('RANK', '1')
     assert cli(func, 'x', []) == rc and capsys.readouterr().err == ''  # only the first process speaks
+
+def test_a_message_is_printable(capsys):
+    "A name from a file may hold what a terminal obeys"
+    assert cli(raises(ValueError('no \x1b[2J\x07 class\u202e é')), 'x', []) == 2
+    assert capsys.readouterr().err == r'x: no \x1b[2J\x07 class\u202e é' + '\n'
+
+@pytest.mark.parametrize('given,names,hint', [('Nadam', ['Adam', 'NAdam'], 'NAdam'),
+    ('adam', ['Adam', 'NAdam'], 'Adam'),
+    ('xresnet35', ['resnet18', 'xresnet34'], 'xresnet34'), ('--mom', ['--moms'], '--moms'), ('zzz', ['Adam'], None)])
+def test_did_you_mean(given, names, hint):
+    assert did_you_mean(given, names) == (f'; did you mean {hint}?' if hint else '')
 
 def test_a_bug_is_not_hidden():
     with pytest.raises(RuntimeError, match='bug'): cli(raises(RuntimeError('bug')), 'x', [])
@@ -128,6 +140,112 @@ def test_json_and_figure(tmp_path):
 
 def test_versions(): assert versions()['torch'] == torch.__version__.split('+')[0]
 
+# Links
+
+def made_by(kind, place, victim):
+    "Something at `place` that is no file of ours"
+    if kind == 'link': place.symlink_to(victim)
+    elif kind == 'dangling link': place.symlink_to(victim.with_name('new'))
+    elif kind == 'link to itself': place.symlink_to(place)
+    elif kind == 'hard link': os.link(victim, place)
+    elif kind == 'pipe': os.mkfifo(place)
+    elif kind == 'folder': place.mkdir()
+
+def write_json(file): save_json(dict(a=1), file)
+def write_fig(file): save_fig(plt.figure(), file.with_suffix('.png'))
+
+links = pytest.mark.parametrize('kind', ['link', 'dangling link', 'link to itself'])
+
+@pytest.mark.parametrize('write,where', [(w, o) for w in (write_json, write_fig) for o in ('a.png', '.a.png.part')]
+    + [(lambda f: append_text(f, 'more'), 'a.png')])
+@links
+def test_nothing_is_written_through_a_link(kind, write, where, tmp_path):
+    victim, place = tmp_path/'victim', tmp_path/'out'/where
+    victim.write_text('precious')
+    place.parent.mkdir()
+    made_by(kind, place, victim)
+    with pytest.raises(OSError, match=f"^cannot write '.*/out/a.png': '.*/out/{where}' is a link$"):
+        write(tmp_path/'out'/'a.png')
+    assert list(place.parent.iterdir()) == [place] and place.is_symlink()
+    assert victim.read_text() == 'precious' and not (tmp_path/'new').exists()
+
+@pytest.mark.parametrize('where', ['{}', '.{}.part'])
+def test_a_hard_link_is_replaced(where, tmp_path):
+    file, victim = tmp_path/'out'/'a.json', tmp_path/'victim'
+    victim.write_text('precious')
+    file.parent.mkdir()
+    made_by('hard link', file.with_name(where.format(file.name)), victim)
+    save_json(dict(a=1), file)
+    assert victim.read_text() == 'precious' and json.loads(file.read_text()) == dict(a=1)
+
+@pytest.mark.parametrize('where', ['{}', '.{}.part'])
+def test_a_folder_in_the_way(where, tmp_path):
+    made_by('folder', tmp_path/where.format('a.json'), None)
+    with pytest.raises(OSError, match="^cannot write '.*/a.json': "): save_json(dict(a=1), tmp_path/'a.json')
+    assert [o.name for o in tmp_path.iterdir()] == [where.format('a.json')]
+
+def test_what_a_killed_process_left_is_replaced(tmp_path):
+    (tmp_path/'.a.json.part').write_text('half of')
+    save_json(dict(a=1), tmp_path/'a.json')
+    assert [o.name for o in tmp_path.iterdir()] == ['a.json']
+
+def test_append(tmp_path):
+    for i in range(3): append_text(tmp_path/'a.csv', f'{i}\n')
+    assert (tmp_path/'a.csv').read_text() == '0\n1\n2\n'
+
+# What is read
+
+@pytest.mark.parametrize('data,message', [(b'\xff', 'is no text'), (b'a\0b', 'is no text'), 
+    (b'a'*101, 'is longer than 100 bytes')])
+def test_text_refused(data, message, tmp_path):
+    (tmp_path/'f').write_bytes(data)
+    with pytest.raises(ValueError, match=f"^'.*/f' {message}"): read_text(tmp_path/'f', limit=100)
+
+@pytest.mark.parametrize('kind', ['pipe', 'folder', 'dangling link', 'link to itself', 'none'])
+def test_only_files_are_read(kind, tmp_path):
+    made_by(kind, tmp_path/'f', tmp_path/'victim')
+    with pytest.raises(ValueError, match="^no such file: '.*/f'"): read_text(tmp_path/'f')
+
+bad_numbers = [None, 'x', '1', True, [1], {}, math.nan, math.inf, -math.inf, 10**400, -10**400, 1j]
+
+@pytest.mark.parametrize('check,good,bad', [
+    (whole(1, 9), [1, 9], [0, 10, 1.0, *bad_numbers]),
+    (number(0, 1), [0, 1, 0.5], [-1e-9, 1.1, *bad_numbers]),
+    (text, ['', 'a b', 'é'], [None, 3, b'a', ['a'], 'a\x1b', 'a\nb', '\u202e', 'a'*10**5]),
+    (one_of('a', 1), ['a', 1], ['b', 2, True, 1.0, None, [], {}]),
+    (optional(whole()), [None, 0], [False, '', -1]),
+    (each(whole(0)), [[], [1, 2], (3,)], [None, 'ab', {}, [None], [1, -1], [[1]]]),
+    (each(whole(0), 2), [[1, 2]], [[], [1], [1, 2, 3]]),
+    (sequence(whole(0), text), [[1, 'a'], (1, 'a')], [[], [1], ['a', 1], [1, 'a', 'b'], 'ab']),
+    (values(whole(0)), [{}, dict(a=1)], [[], None, {1: 1}, dict(a=-1), {'\x1b': 1}]),
+    (entries(dict(a=whole(0)), dict(b=optional(text))), [dict(a=1), dict(a=1, b=None), dict(a=1, b='c')],
+        [{}, dict(b=None), dict(a=1, b=None, c=1), dict(a='1', b=None), dict(a=1, b=3), [], None, {3: 3}])])
+def test_checks(check, good, bad):
+    for v in good: check('x', v)
+    for v in bad:
+        with pytest.raises(ValueError, match=r'x\S* must (be|have) |^x: no such entry: ') as e: check('x', v)
+        assert len(str(e.value)) < 300 and str(e.value).isprintable()
+
+def test_the_entry_is_named():
+    check = entries(dict(rows=each(sequence(whole(0), number())), note=optional(text)))
+    for v,says in ((dict(rows=[[1, 2.], [1, 'x']], note=None), r"rows\[1\]\[1\] must be a finite number, got 'x'$"),
+            (dict(rows=[], note=3), 'note must be '), (dict(rows=[]), "must have 'note'"),
+            (dict(rows=[], note=None, more=1), "no such entry: more$")):
+        with pytest.raises(ValueError, match=f'^(it )?{says}'): check('', v)
+
+@pytest.mark.parametrize('content,message', [(b'', 'Expecting value'), (b'{"a": 1', 'Expecting'), (b'[]', 'it must be'),
+    (b'['*100_000, 'too deep'), (b'{"a":'*100_000, 'too deep'), (b'{"a": ' + b'9'*5000 + b'}', ''),
+    (b'\xff', 'is no text'), (b'{"a": NaN}', 'a must be a whole number'), (b'null', 'it must be'),
+    (b'{"a": 1e400}', 'a must be a whole number')])
+def test_json_refused(content, message, tmp_path):
+    (tmp_path/'f').write_bytes(content)
+    with pytest.raises(ValueError, match=f"^'.*/f'.*{message}") as e: read_json(tmp_path/'f', entries(dict(a=whole())))
+    assert len(str(e.value)) < 400
+
+def test_json_read(tmp_path):
+    save_json(dict(a=3), tmp_path/'f')
+    assert read_json(tmp_path/'f', entries(dict(a=whole()))) == dict(a=3)
+
 # The lock
 
 hold = """import sys, time; from fastai_nadam.tools.cli import lock_folder
@@ -151,21 +269,105 @@ def test_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
         code = 'import sys; from fastai_nadam.tools.cli import lock_folder\nwith lock_folder(sys.argv[1]): pass'
         assert 'another run is at work in' in subprocess.run([sys.executable, '-c', code, tmp_path],
             capture_output=True, text=True).stderr
-    assert list(tmp_path.iterdir()) == []
+    with lock_folder(tmp_path): assert list(tmp_path.iterdir()) == []
 
-def test_lock_that_was_deleted_meanwhile(tmp_path, monkeypatch):
-    "The one that had the lock deletes the file just after we opened it: that file's lock would keep nobody out"
-    lock, files = room._lock, []
-    def once(f):
-        files.append(f)
-        if len(files) == 1: (tmp_path/'.lock').unlink()
-        return lock(f)
-    monkeypatch.setattr(room, '_lock', once)
-    with lock_folder(tmp_path):
-        assert len(files) == 2 and os.path.samestat(os.fstat(files[1].fileno()), (tmp_path/'.lock').stat())
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are not forked here')
+def test_a_lock_does_not_live_on_in_workers(tmp_path):
+    "A killed run can be resumed at once, while the workers that it forked are still there"
+    code = """import os, signal, sys, time; from fastai_nadam.tools.cli import lock_folder
+with lock_folder(sys.argv[1]):
+    if os.fork(): os.kill(os.getpid(), signal.SIGKILL)
+    print(os.getpid(), flush=True)
+    time.sleep(60)"""
+    p = subprocess.Popen([sys.executable, '-c', code, tmp_path], stdout=subprocess.PIPE, text=True)
+    worker = int(p.stdout.readline())
+    try:
+        assert p.wait() == -signal.SIGKILL
+        with lock_folder(tmp_path): pass
+    finally: os.kill(worker, signal.SIGKILL)
 
 def test_lock_where_there_are_none(tmp_path, monkeypatch):
-    def no_locks(f): raise OSError(38, 'Function not implemented')
-    monkeypatch.setattr(room, '_lock', no_locks)
+    def no_locks(*args): raise OSError(38, 'Function not implemented')
+    monkeypatch.setattr(room.fcntl, 'flock', no_locks)
     with lock_folder(tmp_path): pass
     with pytest.raises(OSError), lock_folder(tmp_path/'nowhere'): pass
+
+@pytest.mark.parametrize('kind', ['link', 'dangling link', 'link to itself', 'pipe'])
+@pytest.mark.parametrize('name', ['.checkpoint.pth.part', 'results.csv', '.lock', 'anything'])
+def test_a_folder_of_results_has_files_alone(kind, name, tmp_path):
+    victim = tmp_path/'victim'
+    victim.write_text('precious')
+    (tmp_path/'out').mkdir()
+    made_by(kind, tmp_path/'out'/name, victim)
+    with pytest.raises(ValueError, match=f"^'.*/out/{name}' is a {kind.split()[-1] if kind == 'pipe' else 'link'}"):
+        with lock_folder(tmp_path/'out'): pytest.fail('it goes on')
+    (tmp_path/'out'/name).unlink()
+    with lock_folder(tmp_path/'out'): pass
+    assert victim.read_text() == 'precious'
+
+# A command starts and ends
+
+commands = ['train', 'compare', 'bench']
+
+def command_line(name): return [sys.executable, '-m', f'fastai_nadam.tools.{name}']
+
+def run(args, **kw): return subprocess.run(args, stderr=subprocess.PIPE, text=True, **kw)
+
+def start_command(args, cwd):
+    def as_in_a_terminal(): signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(args, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=as_in_a_terminal)
+
+def script(name):
+    "What pip makes of the entry point in settings.ini"
+    settings = open(os.path.join(os.path.dirname(__file__), '..', 'settings.ini')).read()
+    module, func = next(l for l in settings.splitlines() if l.startswith(f'nadam-{name} = ')).split(' = ')[1].split(':')
+    return [sys.executable, '-c', f'import sys\nfrom {module} import {func}\nsys.exit({func}())']
+
+@pytest.mark.parametrize('way', [command_line, script])
+@pytest.mark.parametrize('name', commands)
+def test_ctrl_c_while_it_starts(name, way, tmp_path):
+    p = start_command(way(name), tmp_path)
+    try:
+        end = time.time() + 60 # until torch is being loaded
+        while time.time() < end and 'libtorch' not in open(f'/proc/{p.pid}/maps').read(): time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=60)
+    finally: p.kill()
+    assert (p.returncode, out, err) == (130, '', f'nadam-{name}: interrupted\n')
+    assert not list(tmp_path.iterdir())
+
+def test_closed_streams(tmp_path):
+    p = run(['sh', '-c', f'{" ".join(command_line("train"))} --data nowhere <&- >&-'], cwd=tmp_path)
+    assert p.returncode == 2 and p.stderr.startswith('nadam-train: no such folder') and p.stderr.count('\n') == 1
+    assert not list(tmp_path.iterdir())
+
+def test_streams_are_opened(tmp_path):
+    "Nothing is shown, and no file gets the number of a stream"
+    code = """import os, sys; from fastai_nadam.tools import open_streams
+sys.stdout = sys.stderr = None; os.close(0); os.close(1); os.close(2)
+open_streams(); print('lost'); f = open('file', 'w'); f.write(str(f.fileno()))"""
+    assert run([sys.executable, '-c', code], cwd=tmp_path).returncode == 0
+    assert int((tmp_path/'file').read_text()) > 2
+
+class Broken(io.StringIO):
+    "Standard output that fails when it is flushed, or at once"
+    def __init__(self, error, at_once): self.error, self.at_once, self.file = error, at_once, open(os.devnull, 'w')
+    def fileno(self): return self.file.fileno()
+    def write(self, s):
+        if self.at_once: raise self.error
+    def flush(self): raise self.error
+
+@pytest.mark.parametrize('argv', [['--help'], []])
+@pytest.mark.parametrize('at_once', [True, False])
+def test_output_that_cannot_be_written(argv, at_once, capsys, monkeypatch):
+    def speak():
+        "Say something"
+        print('something')
+    for error,code,err in ((OSError(28, 'No space left on device'), 2, 'x: [Errno 28] No space left on device\n'),
+            (BrokenPipeError(32, 'Broken pipe'), 141, '')):
+        monkeypatch.setattr(sys, 'stdout', Broken(error, at_once))
+        monkeypatch.setattr(room, 'docments', lambda *args, **kwargs: {})
+        assert cli(speak, 'x', argv) == code
+        assert capsys.readouterr().err == err

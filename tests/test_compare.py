@@ -11,10 +11,12 @@ from fastai.losses import MSELossFlat
 from fastai.metrics import mse, rmse
 from fastai.optimizer import Adam, Lookahead, OptimWrapper
 from fastai.torch_core import set_seed
+from fastcore.basics import first
 from torch import nn
 import fastai.callback.schedule # gives Learner its fit_one_cycle
 
 from fastai_nadam import NAdam
+from fastai_nadam.tools import compare as compare_module
 from fastai_nadam.tools.compare import compare_opts, cycle_moms, main, search_opts, search_points
 from fastai_nadam.tools.results import Comparison
 from fastai_nadam.tools.tasks import tensor_dls
@@ -116,6 +118,22 @@ def test_workers_give_what_one_process_gives(tmp_path):
     in_another_order.to_csv(tmp_path/'results.csv', index=False)
     assert Comparison.load(tmp_path).results.equals(df)
 
+@lru_cache
+def loaded():
+    "Data that is split at random, once"
+    x, y = dls().train.create_batch(list(range(64)))
+    return tensor_dls(*((x[i], y[i]) for i in torch.randperm(64).split(32)), bs=16)
+
+def loads(opt_func): return Learner(loaded(), nn.Linear(4, 1), MSELossFlat(), opt_func)
+
+@pytest.mark.parametrize('method', ['fork', 'spawn'])
+def test_data_that_is_loaded_once_does_not_change_the_weights(method, monkeypatch):
+    monkeypatch.setattr(compare_module, 'get_context', lambda _: multiprocessing.get_context(method))
+    loaded.cache_clear()
+    serial = compare(loads)
+    loaded.cache_clear()
+    assert same(compare(loads, n_workers=2), serial) and serial.groupby(['opt', 'seed', 'lr']).size().eq(2).all()
+
 # Interrupted, killed, extended, damaged
 
 class Stop(Callback):
@@ -135,7 +153,7 @@ def test_an_interrupted_comparison_goes_on(tmp_path):
         calls.append(1)
         return tiny(opt_func)
     assert same(compare(make, task='tiny', out=tmp_path), whole)
-    assert len(calls) == (len(whole)-len(partly))//2 + 4 # and four to check
+    assert len(calls) == (len(whole)-len(partly))//2 + 5 # and five to check
     before = (tmp_path/'results.csv').read_bytes()
     assert same(compare(out=tmp_path), whole) and (tmp_path/'results.csv').read_bytes() == before
 
@@ -287,6 +305,146 @@ def test_the_grid_grows_where_the_best_is_at_its_edge(tmp_path):
     assert len(compare_opts(slow, lrs=[1e-5, 1e-4], **{**kw, 'seeds': 3}, grow=2).results) == len(c.results)
     c = search_opts(slow, ['Adam'], (1e-5, 1e-4), 1, 1, trials=4, grow=1)
     assert c.best('Adam')[0] > 1e-4 and c.results.lr.max() < 1e-4*10**.25 and sum(c.results.lr > 1e-4) == 2 + 1
+
+# Fine-tuning, and the learning rate of lr_find
+
+def halves(model): return [list(o.parameters()) for o in (model[:2], model[2:])]
+
+def tuned(opt_func, **kwargs): return tiny(opt_func, test=True, splitter=halves, **kwargs)
+
+def fine(make_learner=tuned, **kwargs):
+    kwargs = {**dict(opts=['NAdam', 'Adam'], epochs=2, seeds=2, fine_tune=True), **kwargs}
+    return compare_opts(make_learner, **kwargs)
+
+def seeded(seed, make_learner=tuned, opt_func=Adam):
+    set_seed(seed, reproducible=True)
+    learn = make_learner(opt_func)
+    set_seed(seed, reproducible=True)
+    for dl in learn.dls.loaders: dl.rng = random.Random(seed)
+    return learn
+
+def ends(c, opt): return c.results[c.results.opt == opt].groupby('seed').last()
+
+@pytest.mark.parametrize('given, called', [({}, {}), (dict(freeze_epochs=2), dict(freeze_epochs=2)),
+    (dict(freeze_epochs=0), dict(freeze_epochs=0)), (dict(lrs=[.05]), dict(base_lr=.05)),
+    (dict(lrs=[.05], freeze_epochs=3, momenta=[.9], wds=[.3]),
+        dict(base_lr=.05, freeze_epochs=3, moms=(.9, .7, .9), wd=.3))], ids=name)
+def test_fine_tuning_is_what_fastai_does_by_itself(given, called):
+    "Its defaults too: nothing has to be chosen"
+    end = ends(fine(**given), 'Adam')
+    for seed in (0, 1):
+        learn = seeded(seed)
+        with learn.no_bar(), learn.no_logging():
+            learn.fine_tune(2, **called)
+            values = *learn.recorder.values[-1][:2], learn.validate(dl=learn.dls[2])[0]
+        assert np.allclose(end.loc[seed, ['train_loss', 'valid_loss', 'test_loss']].astype(float), values, rtol=1e-5)
+        assert end.lr[seed] == called.get('base_lr', 2e-3)
+
+def test_fine_tuning_freezes_the_body_first():
+    log = []
+    class Frozen(Callback):
+        def after_train(self): log.append([p.requires_grad for p in self.model.parameters()])
+    fine(partial(tuned, cbs=Frozen()), opts=['NAdam'], seeds=[0], epochs=2, freeze_epochs=3)
+    assert log == [[False, False, True, True]]*3 + [[True]*4]*2
+
+@pytest.mark.parametrize('at', [0, 1, 3])
+def test_fine_tuning_resumes_in_each_of_its_phases(at, tmp_path):
+    whole = fine().results
+    with pytest.raises(KeyboardInterrupt): fine(partial(tuned, cbs=Stop(3*12 + 4*at + 2)), task='tuned', out=tmp_path)
+    assert same(fine(out=tmp_path).results, whole)
+    before = (tmp_path/'results.csv').read_bytes()
+    assert same(fine(out=tmp_path).results, whole) and (tmp_path/'results.csv').read_bytes() == before
+    for other in (dict(freeze_epochs=2), dict(fine_tune=False, lrs=[2e-3])):
+        with pytest.raises(ValueError, match='another comparison, with freeze_epochs 1, not'):
+            fine(out=tmp_path, **other)
+    assert same(fine(out=tmp_path, n_workers=2, seeds=3).results, fine(seeds=3).results)
+
+@pytest.mark.parametrize('when', range(4))
+def test_fine_tuning_that_diverges_or_is_stopped_is_a_result(when):
+    class Spoil(Callback):
+        def before_train(self):
+            if len(self.learn.seen) == when: self.model[-1].weight.data.fill_(math.nan)
+            self.learn.seen.append(1)
+    def spoiled(opt_func):
+        learn = tuned(opt_func, cbs=Spoil())
+        learn.seen = []
+        return learn
+    df = fine(spoiled, opts=['Adam'], freeze_epochs=2).results
+    assert ends(Comparison(df, 'valid_loss'), 'Adam').diverged.all()
+
+def test_a_callback_that_ends_the_frozen_phase_leaves_the_other():
+    class EndPhase(Callback):
+        def after_train(self):
+            if not first(self.model.parameters()).requires_grad: raise CancelFitException()
+    df = fine(partial(tuned, cbs=EndPhase()), opts=['Adam']).results
+    assert not df.diverged.any() and df.groupby('seed').test_loss.last().notna().all()
+
+@pytest.mark.parametrize('kwargs', [{}, dict(fine_tune=True), dict(wds=[.1, .2], momenta=[.9])], ids=name)
+@pytest.mark.parametrize('whose', ['own', 'NAdam', 'Adam'])
+def test_lr_find_gives_the_learning_rate_of_each_seed(whose, kwargs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kw = dict(opts=['NAdam', Adam], epochs=2, seeds=3, lr_find=whose, task='t', **kwargs)
+    c, funcs, lrs = compare_opts(tuned, **kw, out='out'), dict(NAdam=NAdam, Adam=Adam), {}
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['out'] # no models
+    for opt,seed in itertools.product(funcs, range(3)):
+        learn = seeded(seed, opt_func=funcs[opt if whose == 'own' else whose])
+        learn.path = tmp_path/'by hand'
+        if kwargs.get('fine_tune'): learn.freeze()
+        with learn.no_bar(): lrs[opt, seed] = learn.lr_find(show_plot=False).valley
+    found = c.results.groupby(['opt', 'seed']).lr.agg(['min', 'max'])
+    for k,lr in lrs.items(): assert found.loc[k].tolist() == pytest.approx([lr]*2, rel=1e-5)
+    assert len({*lrs.values()}) > 1
+    for seed in range(3): # and then it trains as if nothing had been before
+        lr = found['min']['Adam', seed]
+        kw2 = dict(kw, lrs=[lr], seeds=[seed], opts=[Adam], lr_find=None)
+        a, b = (d.results[(d.results.opt == 'Adam') & (d.results.seed == seed)] for d in (c, compare_opts(tuned, **kw2)))
+        assert np.allclose(a.valid_loss, b.valid_loss, rtol=1e-4)
+    before = Path('out/results.csv').read_bytes()
+    assert same(compare_opts(tuned, **kw, out='out', n_workers=2).results, c.results)
+    assert Path('out/results.csv').read_bytes() == before
+    s = c.summary()
+    assert (s.seeds == 3).all() and math.isnan(c.best('Adam')[0])
+    assert s.lr['Adam'] == pytest.approx(c.judged('Adam').groupby('seed').lr.first().median())
+    assert [*c.table()][0] == 'median lr of lr_find' and ' lr ' not in c.verdict()
+    with pytest.raises(ValueError, match=f'another comparison, with lr_find {whose!r}, not None'):
+        compare_opts(tuned, **{**kw, 'lr_find': None, 'lrs': [1e-2]}, out='out')
+
+def test_lr_find_on_a_loss_that_is_never_finite_is_one_error():
+    def nan(*args): return args[0].sum()*math.nan
+    with pytest.raises(ValueError, match='lr_find: .*NAdam.* seed 0: the loss was nan after 1 batch'):
+        compare_opts(partial(linear, loss=nan), ['NAdam'], epochs=1, seeds=2, lr_find='own')
+
+def test_fine_tuning_and_lr_find_by_command(tmp_path, capsys):
+    (tmp_path/'tuned_task.py').write_text("""from fastai.vision.all import *
+from fastai_nadam.tools.tasks import tabular_task_learner
+def halves(model): return [params(model[:2]), params(model[2:])]
+def mine(opt_func):
+    learn = tabular_task_learner(opt_func)
+    learn.splitter = halves
+    return learn
+def whole(opt_func): return tabular_task_learner(opt_func)
+mine.lrs = whole.lrs = 3e-3, 1e-2, 3e-2
+""")
+    def command(args):
+        try: code = main(['--task', f'{tmp_path}/tuned_task.py:mine', '--opts', 'NAdam,Adam', '--seeds', '2',
+            '--epochs', '1', '--n_workers', '0', '--out', str(tmp_path/'out'), *args.split()])
+        except SystemExit as e: code = e.code
+        return code, capsys.readouterr().err
+    for args,msg in {f'--fine_tune --task {tmp_path}/tuned_task.py:whole': 'fine_tune needs a splitter',
+            '--freeze_epochs 2': 'freeze_epochs is for fine_tune',
+            '--fine_tune --freeze_epochs -1': 'freeze_epochs must be a whole number from 0, got -1',
+            '--lr_find own --lrs 1e-2': 'give lrs or lr_find, not both',
+            '--lr_find SGD': "lr_find must be own or one of NAdam, Adam, got 'SGD'",
+            '--lr_find own --search mom': 'lr_find is not for a search'}.items():
+        code, err = command(args)
+        assert code == 2 and msg in err and err.count('\n') == 1, err
+        assert not (tmp_path/'out').exists()
+    assert command('--fine_tune') == (0, '')
+    c = Comparison.load(tmp_path/'out')
+    assert c.results.lr.unique().tolist() == [2e-3] and c.settings['freeze_epochs'] == 1
+    code, err = command('--fine_tune --quick --lr_find Adam')
+    assert code == 2 and 'another comparison' in err
+    assert command(f'--fine_tune --quick --lr_find Adam --out {tmp_path}/2') == (0, '')
 
 # What is refused
 

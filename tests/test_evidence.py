@@ -71,26 +71,11 @@ def test_the_seed_splits_the_data(tasks, name):
 def test_another_text_is_refused(tasks):
     with pytest.raises(ValueError, match="SHA-256"): tasks.char_data('other'*100, '0'*16, 2)
 
-def test_pooling_equal_errors_is_a_t_test(stats, rng=np.random.default_rng()):
-    y = rng.normal(1, 3, 8)
-    got = stats.pool(pd.DataFrame(dict(diff=y, se=rng.uniform(.01, 1))))
-    ref = ttest_1samp(y, 0)
-    ci = ref.confidence_interval()
-    np.testing.assert_allclose([got['mean'], got.p, got.low, got.high], [y.mean(), ref.pvalue, ci.low, ci.high])
-    assert (got.better, got.k) == ((y < 0).sum(), 8)
-
 def test_an_interval_is_that_of_a_t_test(stats, rng=np.random.default_rng()):
     y = pd.Series(rng.normal(1, 3, rng.integers(2, 30)))/100
     e = pd.DataFrame({'x': stats.paired(y, 0*y)}, index=['diff', 'se', 'n']).T
     ci = ttest_1samp(100*y, 0).confidence_interval()
     np.testing.assert_allclose(stats.half_width(e).x, (ci.high - ci.low)/2)
-
-def test_pooling_weighs_by_precision_and_spread(stats):
-    # se 1 and 2: w = 1, 1/4; Q = 0.2 diff**2; tau2 = (Q - 1)/(1.25 - 1.0625/1.25)
-    got = stats.pool(pd.DataFrame(dict(diff=[0., 5.], se=[1., 2.])))
-    tau2 = (0.2*25 - 1)/(1.25 - 1.0625/1.25)
-    w = 1/(1 + tau2), 1/(4 + tau2)
-    np.testing.assert_allclose([got.tau**2, got['mean']], [tau2, 5*w[1]/sum(w)])
 
 def test_expected_best_is_the_mean_over_all_choices(stats, rng=np.random.default_rng()):
     tune, test = rng.random((2, 7))
@@ -106,14 +91,6 @@ def test_repeated_searches_are_pooled_by_their_spread(stats, rng=np.random.defau
     np.testing.assert_allclose(stats.half_width(got), (ci.high - ci.low)/2)
 
 def test_holm(stats): assert stats.holm([.04, .01, .03]) == pytest.approx([.06, .03, .06])
-
-def test_times_to_target_are_interpolated_within_an_epoch(stats):
-    "The target is 2, the worse of the two medians"
-    curves = dict(a=[4, 3, 1], b=[8, 4, 2])
-    df = pd.DataFrame([dict(task='t', opt=o, seed=100+s, epoch=e+1, valid_loss=v) for o,c in curves.items()
-        for s in range(3) for e,v in enumerate(c)])
-    got = stats.times_to_target(df, ['a', 'b'])
-    assert got.to_numpy().tolist() == [[2.5, 3.]]*3
 
 def search_rows(opt, seeds, lr, loss, diverged=()):
     return [dict(task='t', opt=opt, lr=lr, mom=.9, wd=.01, seed=s, epoch=1, valid_loss=loss,
@@ -175,27 +152,86 @@ def summary():
         m.syspath_prepend(evidence)
         return module('summary')
 
-def test_the_first_screen_is_computed_from_the_stored_results(summary):
-    text = summary.in_short()
-    e = summary.effects(summary.finals(summary.load('middle')))
-    assert f"{(e['diff'] < 0).sum()} of {len(e)}" in text and summary.percent(summary.pool(e)) in text
-    assert (' **is** ' in text) == (sum(summary.favours(summary.at5[k]) and summary.favours(summary.end[k])
-        for k in summary.ends) >= 2)
+def test_the_answers_are_computed_from_the_stored_results(summary):
+    text, rows = summary.in_short(), summary.answers()
+    e = pd.concat([summary.effects(summary.finals(summary.load(o)))['diff'] for o in summary.folders['middle']], axis=1)
+    p = summary.plain_mean(e.mean(axis=1))
+    assert rows.loc[('Best of 32, trained again', 'medium-length runs')].tolist() == pytest.approx(p.tolist())
+    assert all(summary.percent(p) in text for _,p in rows.iterrows())
+    assert (' not enough ' in text) == (len(summary.met()) < 2)
+
+def test_each_answer_is_drawn_where_it_is(summary):
+    summary.plot_answers()
+    ax, rows = plt.gca(), summary.answers()
+    drawn = [c.lines[0].get_xdata()[0] for c in ax.containers]
+    assert drawn == pytest.approx(rows['mean'].tolist())
+    faces = [c.lines[0].get_markerfacecolor() for c in ax.containers]
+    assert faces == ['w' if p.low < 0 < p.high else 'k' for _,p in rows.iterrows()]
+    assert [o.get_text() for o in ax.texts] == [summary.percent(p) for _,p in rows.iterrows()]
+    plt.close()
 
 def test_effects_are_drawn_to_one_scale_and_each_beside_its_name(summary):
-    summary.plot_effects(summary.measured)
+    summary.plot_tasks()
     fig = plt.gcf()
-    names, *others = ([o.get_text() for o in ax.get_yticklabels() if o.get_visible()] for ax in fig.axes)
-    assert names == [*summary.names, 'all tasks'] and others == [[], []]
+    names = [o.get_text() for o in fig.axes[0].get_yticklabels()]
+    assert names == [*summary.names, 'all tasks']
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in fig.axes}) == 1
-    for ax,f in zip(fig.axes, summary.ends.values()):
-        drawn = {names[int(y)]: x for x,y in ax.lines[1].get_xydata()}
-        assert drawn == pytest.approx(summary.effects(f)['diff'].to_dict())
+    for ax,k in zip(fig.axes, summary.words):
+        at = dict(o.get_xydata()[0][::-1] for o in ax.lines if o.get_marker() == 'o' and len(o.get_xdata()) == 1)
+        drawn = {names[int(y)]: x for y,x in at.items()}
+        assert drawn == pytest.approx(summary.mean_of_searches(k)['diff'].clip(*ax.get_xlim()).to_dict())
     plt.close(fig)
 
-def test_what_trials_gain_is_a_share_of_the_loss(summary):
-    logs = summary.finals(summary.load('middle')).query('opt == @summary.adam and seed < 100')
-    points = logs.groupby(['task', *summary.point])[['tune', 'test']].mean()
-    picked = points.loc[points.groupby('task').tune.idxmin()].test
-    assert summary.trials_gain(32) == pytest.approx(100*(1 - np.exp((picked.droplevel([1, 2, 3])
-        - points.test.groupby('task').mean()).mean())))
+def test_what_tuning_gains_is_measured_from_the_middle_of_the_grid(summary):
+    grid = summary.finals(summary.load('landscape')).query('opt == @summary.adam and mom == .95')
+    rank = grid.groupby('task').lr.rank('dense')
+    start = (grid[rank == 2].groupby('task').test.mean() + grid[rank == 4].groupby('task').test.mean())/2
+    f = pd.concat([summary.finals(summary.load(o)) for o in summary.folders['middle']])
+    tried = f.query('opt == @summary.adam and seed < 100').groupby(['task', *summary.point])[['tune', 'test']].mean()
+    best = tried.loc[tried.groupby('task').tune.idxmin()].test.droplevel([1, 2, 3])
+    assert summary.tuning_gain(128, off=1).to_dict() == pytest.approx((100*(start - best)).to_dict())
+
+def test_adams_own_point_is_judged_by_the_seed_that_did_not_choose_it(summary):
+    for length in 'short', 'middle':
+        got, by_hand = summary.at_adams_point(length), {}
+        for folder in summary.folders[length]:
+            f = summary.finals(summary.load(folder)).query('seed < 100')
+            for task,d in f.groupby('task'):
+                for s in 0, 1:
+                    a = d[(d.opt == summary.adam) & (d.seed == s)]
+                    point = tuple(a.loc[a.tune.idxmin(), summary.point])
+                    there = d[(d.seed == 1-s) & (d[summary.point].agg(tuple, axis=1) == point)].set_index('opt').test
+                    by_hand.setdefault(task, []).append(100*(there[summary.nadam] - there[summary.adam]))
+        assert got.to_dict() == pytest.approx({k: np.mean(v) for k,v in by_hand.items()})
+
+@pytest.fixture
+def asked(summary, monkeypatch):
+    "Puts answers of PROTOCOL.md's questions in place of the stored ones: name -> interval and verdict"
+    def put(rows):
+        df = pd.DataFrame({k: dict(mean=(low+high)/2, low=low, high=high, better=3, k=6, verdict=v)
+            for k,(low, high, v) in rows.items()}).T
+        monkeypatch.setattr(summary, 'users_answers', lambda: df)
+        summary.answers.cache_clear()
+    yield put
+    monkeypatch.undo()
+    summary.answers.cache_clear()
+
+def test_a_question_that_has_not_been_run_is_not_answered(summary, asked):
+    asked({})
+    assert 'only swap' not in summary.in_short() + summary.in_a_line()
+    assert 'fine-tun' not in (summary.in_short() + summary.which_one() + summary.in_a_line()).lower()
+    assert summary.answers().index[0][0] == 'Best of 5 settings'
+
+@pytest.mark.parametrize('verdict,take', [('take it', '`NAdam`'), ('take it, but it is worth less than 2 %', '`NAdam`'),
+    ('leave it', '`NAdam(nesterov=False)`'), ('either', '`NAdam(nesterov=False)`'),
+    ('not shown', '`NAdam(nesterov=False)`')])
+def test_the_front_page_decides_by_the_verdict(summary, asked, verdict, take):
+    rng = np.random.default_rng()
+    rows = {(summary.swap, 'long runs'): (*np.sort(rng.normal(0, 3, 2)), 'not shown'),
+        (summary.fine_tune, 'the defaults'): (*np.sort(rng.normal(0, 3, 2)), verdict)}
+    asked(rows)
+    line = next(o for o in summary.which_one().splitlines() if 'pretrained' in o)
+    assert line.split(' | ')[1] == take
+    text = summary.in_short()
+    assert all(summary.percent(p) in text for _,p in summary.users_answers().iterrows())
+    assert summary.outcomes[verdict] in text and 'if you fine-tune' in summary.in_a_line().lower()

@@ -1,5 +1,5 @@
 "The table, the trace and the update statistics say what optimizers really do, on every path, fastai's and torch's too"
-import copy, math, pickle, random
+import copy, math, pickle, random, sys, types
 from functools import partial
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
@@ -11,7 +11,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import (Adam, Lamb, Larc, Lookahead, Optimizer, OptimWrapper, QHAdam, RAdam, RMSProp, SGD,
     average_grad, average_sqr_grad, ranger, step_stat)
 from fastai_nadam.insight import StepTrace, UpdateStats, opt_table, plot_rule
-from fastai_nadam.optimizer import DozatNAdam, NAdam
+from fastai_nadam.optimizer import DozatNAdam, NAdam, NAdamOptimizer
 from fastai_nadam.rules import adam_rule, dozat_rule, ruder_rule
 from fastai_nadam.steppers import dozat_step, nadam_step
 from helpers import CPUPrecision, ToBFloat16, set_grads
@@ -123,6 +123,52 @@ def test_torch_ignores_do_wd_and_the_table_says_so():
     learn.opt.step()
     close(b, 0.95*before)
     assert learn.opt_table().do_wd.all()
+
+class Frozen(dict):
+    "A dictionary that cannot change"
+    def _no(self, *args, **kwargs): raise AssertionError('reading writes')
+    __setitem__ = __delitem__ = update = setdefault = pop = popitem = clear = _no
+
+@every_opt
+def test_reading_writes_nothing(opt_func):
+    "The table of an optimizer whose state and hypers cannot change, and of a `Learner` that has none yet"
+    learn = learner(partial(opt_func, lr=0.3) if opt_func in (NAdam, Adam) else opt_func)
+    before = dict(vars(learn))
+    opt_table(learn)
+    assert vars(learn) == before and learn.opt is None
+    fit(learn)
+    opt = learn.opt.opt if isinstance(learn.opt, Lookahead) else learn.opt
+    for o in (opt, opt.opt) if isinstance(opt, OptimWrapper) else (opt,):
+        o.state = Frozen({p: Frozen(s) for p,s in o.state.items()})
+    if not isinstance(opt, OptimWrapper): opt.hypers = [Frozen(h) for h in opt.hypers]
+    assert len(opt_table(learn)) == 6
+
+def test_the_table_leaves_a_built_optimizer_its_state():
+    m = net()
+    built = torch.optim.AdamW(m.parameters(), lr=0.1)
+    set_grads(m.parameters())
+    built.step()
+    learn = learner(OptimWrapper(opt=built), model=m)
+    t = opt_table(learn)
+    assert learn.opt is None and (t.step == 1).all() and list(t.index) == [n for n,_ in m.named_parameters()]
+    assert all(built.state[p]['step'] == 1 for p in m.parameters())
+
+def lazy_net(): return nn.Sequential(nn.LazyLinear(6), nn.BatchNorm1d(6), nn.ReLU(), nn.LazyLinear(3))
+
+@every_opt
+def test_lazy_layers(opt_func):
+    "Layers that get their shapes with the first batch: in the table, a trace and the statistics"
+    if opt_func is TORCH['Adagrad']: pytest.skip('starts its state when it is made, and needs shapes for that')
+    learn,stats = learner(opt_func, model=lazy_net()),UpdateStats(every=1)
+    t = opt_table(learn)
+    assert t['shape'].isna().to_list() == t.numel.isna().to_list() == [True, True, False, False, True, True]
+    assert t.numel.sum() == 12
+    with StepTrace(learn) as trace: fit(learn, cbs=stats)
+    t = opt_table(learn)
+    assert t['shape'].to_list() == [tuple(p.shape) for p in learn.model.parameters()]
+    assert t.numel.to_list() == [p.numel() for p in learn.model.parameters()]
+    assert len(trace.table()) == len(stats.table()) == 4*6
+    assert stats.weights == {'0.weight', '3.weight'}
 
 def test_table_after_loading():
     learn = fit(learner(Adam))
@@ -292,7 +338,7 @@ def test_memory_is_bounded():
         for _ in range(12): opt.step()
     assert trace.table().step.to_list() == [8, 9, 10, 11, 12]
     for kw in (dict(max_steps=0), dict(max_numel=2.5)):
-        with pytest.raises(ValueError, match=f"{[*kw][0]} must be a whole number ≥ 1, got {[*kw.values()][0]}"):
+        with pytest.raises(ValueError, match=f"{[*kw][0]} must be a whole number from 1, got {[*kw.values()][0]}"):
             StepTrace(opt, **kw)
 
 def test_copies_do_not_change():
@@ -350,39 +396,32 @@ def test_the_optimizer_is_left_as_it_was(make):
         opt.step()
     assert len(trace.table()) == len(of_copy.table()) == 1
 
-def test_traces_left_in_any_order_leave_nothing_behind():
+def test_nested_traces_leave_nothing_behind():
     p = nn.Parameter(torch.randn(3))
     for opt in (NAdam([p], lr=0.1), Lookahead(NAdam([p], lr=0.1)), OptimWrapper([p], torch.optim.AdamW, lr=0.1)):
         set_grads([p])
         inner = opt.opt if 'opt' in vars(opt) else opt
-        traces = [StepTrace(opt) for _ in range(3)]
-        for t in traces:
-            t.__enter__()
+        with StepTrace(opt) as a:
             opt.step()
-        for t in random.sample(traces, 3):
-            t.__exit__(None, None, None)
+            with StepTrace(opt) as b:
+                opt.step()
+                with StepTrace(opt) as c: opt.step()
             opt.step()
+        opt.step()
         assert 'step' not in vars(inner)
-        counts = [t.table().step.to_list() for t in traces]
-        assert [c[0] for c in counts] == [1, 2, 3] and all(c == [*range(c[0], c[-1]+1)] for c in counts)
-        assert sorted(c[-1] for c in counts) == [3, 4, 5]
+        assert [t.table().step.to_list() for t in (a, b, c)] == [[1, 2, 3, 4], [2, 3], [3]]
 
 def test_a_step_that_was_there_before_the_trace_stays():
-    "as `torch.optim.lr_scheduler` leaves one, before the trace or inside it"
+    "as `torch.optim.lr_scheduler` leaves one"
     p = nn.Parameter(torch.randn(3))
     opt = OptimWrapper([p], torch.optim.AdamW, lr=0.1)
     set_grads([p])
     torch.optim.lr_scheduler.ConstantLR(opt.opt, factor=1.)
     before = opt.opt.step
-    with StepTrace(opt) as a: opt.step()
+    with StepTrace(opt) as trace: opt.step()
     assert opt.opt.step == before
-    with StepTrace(opt) as b:
-        opt.step()
-        torch.optim.lr_scheduler.ConstantLR(opt.opt, factor=1.)
-        opt.step()
     opt.step()
-    with StepTrace(opt) as c: opt.step()
-    assert [t.table().step.to_list() for t in (a, b, c)] == [[1], [2, 3], [5]]
+    assert trace.table().step.to_list() == [1]
 
 @pytest.mark.parametrize('opt_func', [NAdam, SGD, ranger, wrapped(torch.optim.SGD)],
     ids=['NAdam', 'SGD', 'ranger', 'torch_SGD'])
@@ -595,7 +634,7 @@ def test_stats_do_not_change_training():
 @pytest.mark.parametrize('kw', [dict(every=0), dict(every=1.5), dict(max_records=-1), dict(every='2')])
 def test_bad_counts(kw):
     (k,v), = kw.items()
-    with pytest.raises(ValueError, match=f"{k} must be a whole number ≥ 1, got {v!r}"): UpdateStats(**kw)
+    with pytest.raises(ValueError, match=f"{k} must be a whole number from 1, got {v!r}"): UpdateStats(**kw)
 
 def test_the_plot_shows_the_table():
     stats = UpdateStats(every=1)
@@ -603,13 +642,98 @@ def test_the_plot_shows_the_table():
     for all_params,rows in ((False, ['0.weight', '3.weight']), (True, [n for n,_ in net().named_parameters()])):
         plt.close('all')
         stats.plot(all_params=all_params, title='a run')
-        ax0,ax1,_ = plt.gcf().axes
+        ax,_ = plt.gcf().axes
         r = stats.table().pivot(index='param', columns='step', values='update_ratio').loc[rows]
-        close(ax0.images[0].get_array().filled(np.nan), r.clip(1e-5, 1e-1).to_numpy())
-        assert ax0.images[0].get_extent() == [0.5, 4.5, -0.5, len(rows)-0.5]
-        assert [o.get_text() for o in ax0.get_yticklabels()] == rows
-        for line,(_,row) in zip(ax1.lines, r.iterrows()): close(line.get_ydata(), row.to_numpy())
-        assert any(np.allclose(line.get_ydata(), 1e-3) for line in ax1.lines)
+        close(ax.images[0].get_array().filled(np.nan), r.clip(1e-5, 1e-1).to_numpy())
+        assert ax.images[0].get_extent() == [0.5, 4.5, -0.5, len(rows)-0.5]
+        assert [o.get_text() for o in ax.get_yticklabels()] == rows and list(ax.get_yticks()) == [*range(len(rows))]
+    plt.close('all')
+
+# Writers
+
+class Writer:
+    "Keeps what TensorBoard's writer would write"
+    def __init__(self, **kwargs): self.scalars, self.closed = {}, False
+    def add_scalar(self, name, value, step):
+        assert not self.closed and isinstance(value, (float, torch.Tensor, np.floating))
+        self.scalars.setdefault(name, {})[step] = float(value)
+    def close(self): self.closed = True
+
+@pytest.fixture
+def TensorBoardCallback(monkeypatch):
+    "fastai's callback, with `Writer` in the place of TensorBoard"
+    fake = types.ModuleType('torch.utils.tensorboard')
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, 'tensorboard', types.ModuleType('tensorboard'))
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', fake)
+    monkeypatch.delitem(sys.modules, 'fastai.callback.tensorboard', raising=False)
+    from fastai.callback.tensorboard import TensorBoardCallback
+    yield partial(TensorBoardCallback, trace_model=False, log_preds=False)
+    sys.modules.pop('fastai.callback.tensorboard', None)
+
+@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam, no_nesterov, lambda p, **kw: Lookahead(NAdam(p, **kw))])
+def test_tensorboard_logs_every_hyper(TensorBoardCallback, opt_func):
+    "At every batch, for each group, and with the values of the schedule; W&B's and Comet's callbacks read the same"
+    learn, board = learner(opt_func), TensorBoardCallback()
+    with learn.no_bar(): learn.fit_one_cycle(2, slice(1e-3, 1e-2), cbs=board)
+    scalars = board.writer.scalars
+    for i,h in enumerate(learn.opt.hypers):
+        for k,v in h.items():
+            assert list(scalars[f'{k}_{i}']) == [*range(1, 9)], k
+            close(scalars[f'{k}_{i}'][8], v)
+    close([*scalars['lr_1'].values()], learn.recorder.hps['lr'])
+    close([*scalars['mom_1'].values()], learn.recorder.hps['mom'])
+
+def check_scalars(scalars, t, every):
+    "What was written is the table, at the batches where TensorBoard writes, without what is not finite"
+    for k in STATS[2:]:
+        for name,rows in t.groupby('param'):
+            want = {1 + every*i: v for i,v in enumerate(rows[k]) if math.isfinite(v)}
+            assert scalars.get(f'{k}/{name}', {}) == want, (k, name)
+
+@pytest.mark.parametrize('first', [True, False], ids=['after it', 'before it'])
+def test_stats_are_written_to_tensorboard(TensorBoardCallback, first):
+    stats, board = UpdateStats(every=2), TensorBoardCallback()
+    learn = fit(learner(n=8*7), cbs=[board, stats] if first else [stats, board])
+    scalars = board.writer.scalars
+    check_scalars(scalars, stats.table(), 2)
+    assert list(scalars['cosine/3.weight']) == [1, 3, 5, 7] and list(scalars['lr_0']) == [*range(1, 8)]
+    assert board.writer.closed
+    fit(learn, cbs=stats)
+    assert board.writer.scalars is scalars
+
+def test_stats_are_written_to_a_writer():
+    writer = Writer()
+    stats = UpdateStats(every=1, writer=writer)
+    learn = learner(cbs=stats)
+    fit(learn)
+    check_scalars(writer.scalars, stats.table(), 1)
+    with learn.no_bar(): learn.lr_find(num_it=5, show_plot=False)
+    check_scalars(writer.scalars, stats.table(), 1)
+    assert len(writer.scalars['grad_norm/3.weight']) == 4
+
+def test_an_open_writer_is_not_pickled(tmp_path):
+    with open(tmp_path/'log', 'w') as log:
+        stats = UpdateStats(writer=log)
+        assert pickle.loads(pickle.dumps(stats)).writer is None and stats.writer is log
+
+# Rules of one's own
+
+@pytest.mark.parametrize('kept', [dict(), dict(mom_prod=0.25), dict(mine=0.5)], ids=lambda o: f'keeps {[*o]}')
+def test_tools_with_a_rule_of_ones_own(kept):
+    "It may keep a running product, none, or another number"
+    def rule(mom, step, **kwargs): return 2., 0.5, dict(kept)
+    p, g = nn.Parameter(torch.ones(3)), torch.randn(3)
+    opt = NAdamOptimizer([p], rule, lr=0.1, mom=0.5, sqr_mom=0.5, eps=0., wd=0.)
+    p.grad = g
+    with StepTrace(opt) as trace: opt.step()
+    r = trace.table().iloc[0]
+    assert (r.a, r.b) == (2., 0.5)
+    close(r.mom_prod, kept.get('mom_prod', math.nan))
+    close(r.debias1, 1 - kept.get('mom_prod', math.nan))
+    close(r.p, 1 - 0.1*1.5*g.sign(), atol=1e-6)
+    assert opt_table(opt).step.to_list() == [1]
+    plot_rule(rules=dict(mine=rule))
     plt.close('all')
 
 # plot_rule

@@ -373,3 +373,17 @@ def test_without_the_hyper_mom_decay():
     p = nn.Parameter(torch.ones(3))
     opt = NAdamOptimizer([p], dozat_rule, lr=0.1, mom=0.9, sqr_mom=0.99)
     assert to_torch(opt).param_groups[0]['momentum_decay'] == 4e-3
+
+def lazy_params(): return list(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)).parameters())
+
+def test_lazy_layers_move_and_load():
+    "Before the first batch they have no shape and no state"
+    ps = lazy_params()
+    opt = flagged(DozatNAdam, [*ps, *new_params()[:2]], lr=0.1)
+    assert_same_opt(from_torch(to_torch(opt)), opt)
+    assert len(from_torch(torch.optim.NAdam(lazy_params())).hypers) == 1
+    assert len(from_adam(torch.optim.AdamW(lazy_params())).hypers) == 1
+    opt.load_state_dict(deepcopy(DozatNAdam([ps[:3], ps[3:], new_params()[:2]], lr=0.1).state_dict()))
+    with pytest.raises(ValueError, match='parameter 0, of shape not known yet: a lazy layer that has seen no batch'):
+        NAdam(lazy_params(), lr=0.1).load_state_dict(dict(hypers=[{}], state=[dict(step=1,
+            grad_avg=torch.ones(3, 4), sqr_avg=torch.ones(3, 4))]*4))

@@ -6,7 +6,7 @@
 __all__ = ['compare_opts', 'search_opts']
 
 # %% ../../nbs/16_compare.ipynb #96fda386
-import ast, signal, threading, time
+import ast, signal, tempfile, threading, time
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from multiprocessing import current_process, get_context, parent_process
@@ -16,7 +16,7 @@ from scipy.stats import qmc
 from ..checks import check_hyper, check_int
 from .cli import cli, has_bars, lock_folder, save_fig
 from .results import Comparison, check_margin, find_direction, plain_name, point_cols
-from .results import read_rows, read_settings, write_folder, write_rows
+from .results import n_epochs, read_rows, read_settings, write_folder, write_rows
 from .tasks import check_learner, find_task, seed_learner
 from .train import opt_funcs, parse_moms
 
@@ -100,30 +100,55 @@ def evaluate(learn, i):
         values = learn.validate(dl=learn.dls[i])
     return dict(zip(['valid_loss', *(m.name for m in learn.metrics)], map(rounded, values)))
 
+def suggested_lr(learn, settings):
+    "What fastai's `lr_find` suggests, for fine-tuning with a frozen body. Raises a `ValueError` if it finds nothing"
+    if settings['freeze_epochs'] is not None: learn.freeze()
+    with tempfile.TemporaryDirectory() as tmp, learn.no_bar():
+        learn.path, learn.model_dir = Path(tmp), '.' # where it keeps the weights meanwhile
+        try: return rounded(learn.lr_find(show_plot=False).valley)
+        except IndexError as e: # it has too few losses
+            losses = [float(o) for o in learn.recorder.losses]
+            n = next((i for i,o in enumerate(losses) if not math.isfinite(o)), len(losses)-1)
+            raise ValueError(f"the loss was {losses[n]:g} after {n+1} batch{'es'*(n > 0)}, too early for one") from e
+
 class WatchEpochs(Callback):
-    "Note the seconds of training in each epoch, and stop a run that has diverged"
+    "Note the results and the seconds of training of each epoch, and stop a run that has diverged"
     order, run_valid = 60, False # after the Recorder
-    clock = staticmethod(time.process_time if default_device().type == 'cpu' else time.perf_counter)
-    def __init__(self): self.seconds = []
-    def before_train(self): self.begun = self.clock()
+    def __init__(self): self.epochs = []
+    def before_train(self):
+        self.clock = time.process_time if self.dls.device.type == 'cpu' else time.perf_counter
+        self.begun = self.clock()
     def after_train(self):
-        self.seconds.append(self.clock() - self.begun)
+        self.seconds = self.clock() - self.begun
         if not all_finite(self.learn): raise CancelFitException()
+    def after_epoch(self):
+        log = dict(zip(self.recorder.metric_names[1:], map(rounded, self.recorder.values[-1])))
+        self.epochs.append(dict(log, seconds=rounded(self.seconds)))
+
+def train_once(learn, settings, point, watch):
+    "Train at a point (lr, mom, wd): with `fine_tune` if the settings say so, else with `fit_one_cycle`"
+    lr, mom, wd = point
+    kwargs = dict(moms=settings['moms'] if mom is None else cycle_moms(mom), wd=wd, cbs=watch)
+    if settings['freeze_epochs'] is None: return learn.fit_one_cycle(settings['epochs'], lr, **kwargs)
+    return learn.fine_tune(settings['epochs'], lr, freeze_epochs=settings['freeze_epochs'], **kwargs)
 
 def fit_once(make_learner, opt_funcs, settings, seed, opt, point):
-    "Train once with `fit_one_cycle` at a point (lr, mom, wd): a row for each epoch"
-    task, epochs, metric, moms = (settings[k] for k in ('task', 'epochs', 'metric', 'moms'))
-    learn, (lr, mom, wd), watch = seed_learner(make_learner, opt_funcs[opt], seed), point, WatchEpochs()
+    "Train one optimizer with one seed at a point (lr, mom, wd): a row for each epoch"
+    metric, watch, (lr, mom, wd) = settings['metric'], WatchEpochs(), point
+    if whose := settings['lr_find']:
+        whose = opt if whose == 'own' else whose
+        try: lr = suggested_lr(seed_learner(make_learner, opt_funcs[whose], seed), settings)
+        except ValueError as e: raise ValueError(f"lr_find: with {whose} and seed {seed}: {e}") from e
+    learn = seed_learner(make_learner, opt_funcs[opt], seed)
     with learn.no_bar(), learn.no_logging():
-        try: learn.fit_one_cycle(epochs, lr, moms=moms if mom is None else cycle_moms(mom), wd=wd, cbs=watch)
+        try: train_once(learn, settings, (lr, mom, wd), watch)
         except Exception:
             if all_finite(learn): raise # else a loss or a metric cannot take NaN
-    run = dict(task=task, opt=opt, lr=lr, mom=mom, wd=wd, seed=seed)
-    logs = [dict(zip(learn.recorder.metric_names[1:], map(rounded, o))) for o in learn.recorder.values]
-    rows = [dict(run, epoch=i, train_loss=log['train_loss'], valid_loss=log['valid_loss'], metric=log[metric],
-        seconds=rounded(s), diverged=False) for i,(log,s) in enumerate(zip(logs, watch.seconds), 1)]
+    run = dict(task=settings['task'], opt=opt, lr=lr, mom=mom, wd=wd, seed=seed)
+    rows = [dict(run, epoch=i, train_loss=o['train_loss'], valid_loss=o['valid_loss'], metric=o[metric],
+        seconds=o['seconds'], diverged=False) for i,o in enumerate(watch.epochs, 1)]
     rest = dict(rows[-1], seconds=0.) if rows and all_finite(learn) else dict(run, diverged=True) # a callback ended it
-    rows += [dict(rest, epoch=i) for i in range(len(rows)+1, epochs+1)]
+    rows += [dict(rest, epoch=i) for i in range(len(rows)+1, n_epochs(settings)+1)]
     if not rows[-1]['diverged'] and len(learn.dls.loaders) > 2:
         test = evaluate(learn, 2)
         rows[-1].update(test_loss=test['valid_loss'], test_metric=test[metric])
@@ -137,21 +162,22 @@ def _end_with_parent():
     parent_process().join()
     os._exit(1)
 
-def _start_worker(fit):
+def _start_worker(fit, make):
     global _fit
     _fit = fit
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if n := torch.cuda.device_count(): torch.cuda.set_device(current_process()._identity[-1] % n)
+    make() # what is loaded once draws its random numbers before the runs
 
 def _work(run): return _fit(*run)
 
-def parallel_runs(fit, runs, n_workers):
-    "`fit(*run)` of each run, as they come, from processes"
+def parallel_runs(fit, make, runs, n_workers):
+    "`fit(*run)` of each run, as they come, from processes that each call `make` first"
     fork = sys.platform == 'linux' and not torch.cuda.is_available()
     context, n = get_context('fork' if fork else 'spawn'), min(n_workers, len(runs))
-    pool = futures.ProcessPoolExecutor(n, context, _start_worker, (fit,))
+    pool = futures.ProcessPoolExecutor(n, context, _start_worker, (fit, make))
     try: yield from (f.result() for f in futures.as_completed([pool.submit(_work, run) for run in runs]))
     except futures.process.BrokenProcessPool as e:
         raise ChildProcessError("a worker was killed; the same command with the same out resumes") from e
@@ -160,14 +186,32 @@ def parallel_runs(fit, runs, n_workers):
         pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/16_compare.ipynb #62653088
-def new_settings(make_learner, funcs, epochs, moms=None, metric=None, lower_is_better=None, task=None, **settings):
-    "What a comparison is of. Raises a `ValueError` that names the argument that does not do"
+def check_schedule(learn, funcs, epochs, fine_tune, freeze_epochs, lr_find):
+    "Check how long and at which learning rate to train. Gives `freeze_epochs`, None without `fine_tune`"
+    check_int('epochs', epochs)
+    if lr_find not in [None, 'own', *funcs]:
+        raise ValueError(f"lr_find must be own or one of {', '.join(funcs)}, got {lr_find!r}")
+    if not fine_tune:
+        if freeze_epochs is not None: raise ValueError("freeze_epochs is for fine_tune: give both")
+        return None
+    if freeze_epochs is None: freeze_epochs = 1
+    check_int('freeze_epochs', freeze_epochs, 0)
+    learn.create_opt()
+    if len(learn.opt.param_lists) < 2: raise ValueError("fine_tune needs a splitter: the Learner has one group of "
+        "parameters, so that nothing would be frozen. With a splitter, the last group is the head")
+    return freeze_epochs
+
+def new_settings(make_learner, funcs, epochs, fine_tune=False, freeze_epochs=None, lr_find=None, moms=None,
+    metric=None, lower_is_better=None, task=None, **settings):
+    "What a comparison is of. Raises a `ValueError` that names the invalid argument"
     check_int('epochs', epochs)
     learn = check_learner(make_learner, list(funcs.values()))
+    freeze_epochs = check_schedule(learn, funcs, epochs, fine_tune, freeze_epochs, lr_find)
     start = evaluate(learn, 1)
     metric = next((k for k in start if plain_name(k) == plain_name(metric or 'valid_loss')), metric)
     if metric not in start: raise ValueError(f"metric must be one of {', '.join(start)}, got {metric!r}")
     return dict(opts=list(funcs), task=task or opt_name(make_learner), epochs=epochs, metric=metric,
+        freeze_epochs=freeze_epochs, lr_find=lr_find,
         moms=None if moms is None else list(parse_moms(moms)), lower_is_better=find_direction(metric, lower_is_better),
         chance=start[metric] if math.isfinite(start[metric]) else None, batches=len(learn.dls.train),
         parameters=sum(p.numel() for p in learn.model.parameters()), **settings)
@@ -187,13 +231,14 @@ def open_folder(out, settings):
                         f"another comparison, with {k} {old.get(k)!r}, not {new[k]!r}")
             yield folder, settings
 
-def train_missing(folder, settings, fit, n_workers, runs):
+def train_missing(folder, settings, fit, make, n_workers, runs):
     "Make those of the runs (seed, opt, point) that have not been made yet"
     rows = read_rows(folder, settings)
-    done = {(r['seed'], r['opt'], tuple(r[k] for k in point_cols)) for r in rows}
+    found = point_cols[:1] if settings['lr_find'] else [] # by the run, and no part of its point
+    done = {(r['seed'], r['opt'], tuple(None if k in found else r[k] for k in point_cols)) for r in rows}
     if not (runs := [o for o in runs if o not in done]): return
     write_folder(folder, settings, rows)
-    it = parallel_runs(fit, runs, n_workers) if n_workers else (fit(*run) for run in runs)
+    it = parallel_runs(fit, make, runs, n_workers) if n_workers else (fit(*run) for run in runs)
     n, start, threads = len(runs), time.time(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -215,7 +260,9 @@ def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), b
     funcs = find_opts(opts, {'mom', *tried})
     if baseline not in [None, *funcs]: raise ValueError(f"baseline must be one of {', '.join(funcs)}, got {baseline!r}")
     with open_folder(out, new_settings(make_learner, funcs, **kwargs)) as (folder, settings):
-        train = partial(train_missing, folder, settings, partial(fit_once, make_learner, funcs, settings), n_workers)
+        fit = partial(fit_once, make_learner, funcs, settings)
+        make = partial(seed_learner, make_learner, first(funcs.values()), 0)
+        train = partial(train_missing, folder, settings, fit, make, n_workers)
         train(itertools.product(seeds, funcs, points))
         for edge,lr,factor in edges:
             for _ in range(grow):
@@ -232,14 +279,18 @@ def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), b
 def compare_opts(
     make_learner, # Function of `opt_func` that returns a new `Learner`
     opts:list, # Optimizers: names, `opt_func`s or `partial`s
-    lrs:list, # Learning rates at the peak of the cycle, for all of them
-    epochs:int, # Length of the cycle
+    lrs:list|None=None, # Learning rates at the peak of the cycle, or base_lrs of `fine_tune`; None: 2e-3, its default
+    epochs:int=5, # Length of the cycle; in fine-tuning of the second one, which trains all layers
     seeds:int|list=10, # Seeds, or how many of them
     momenta:list|None=None, # High momenta of the cycle, from 2/3 on; None: the momentum is as the `Learner` has it
     wds:list|None=None, # Weight decays; None: the optimizer's own
-    **kwargs # As in `nadam-compare`: moms, metric, lower_is_better, baseline, margin, grow, task, out, n_workers
+    **kwargs # As in `nadam-compare`: fine_tune, freeze_epochs, lr_find, moms, metric, lower_is_better, baseline, margin,
+        # grow, task, out, n_workers
 ) -> Comparison:
-    "Train with every optimizer, point and seed. Raises a `ValueError` that names the argument that does not do"
+    "Train with every optimizer, point and seed. Raises a `ValueError` that names the invalid argument"
+    if kwargs.get('lr_find'):
+        if lrs is not None: raise ValueError("give lrs or lr_find, not both")
+    elif lrs is None: lrs = 2e-3
     seeds = each_once('seeds', range(seeds) if isinstance(seeds, int) else seeds, int)
     lrs = each_once('lrs', lrs, check_lr)
     moms = each_once('momenta', momenta, partial(check_hyper, 'mom'))
@@ -247,7 +298,7 @@ def compare_opts(
     if momenta is not None and moms[0] < 2/3: raise ValueError(f"momenta must be from 2/3 on, got {moms}")
     def grid(lrs): return list(itertools.product(lrs, moms, wds))
     def beyond(_, lr): return grid([float(f'{lr:.4g}')])
-    edges = (min, lrs[0], lrs[0]/lrs[:2][-1]), (max, lrs[-1], lrs[-1]/lrs[-2:][0])
+    edges = [(min, lrs[0], lrs[0]/lrs[1]), (max, lrs[-1], lrs[-1]/lrs[-2])] if len(lrs) > 1 else []
     return compare_points(make_learner, opts, seeds, grid(lrs), edges, beyond, epochs=epochs, **kwargs)
 
 # %% ../../nbs/16_compare.ipynb #579d9d4d
@@ -264,6 +315,7 @@ def search_opts(
 ) -> Comparison:
     "Try all optimizers at the same points, and the best of each on fresh seeds. Raises a `ValueError`"
     for k,v in dict(seeds=seeds, trials=trials, trial_seeds=trial_seeds).items(): check_int(k, v)
+    if kwargs.get('lr_find'): raise ValueError("lr_find is not for a search: lr is searched")
     lrs, search, tried = each_once('lrs', lrs, check_lr), listify(search), list(range(trial_seeds))
     if not search or {*search} - {*point_cols}: raise ValueError(f"search must be some of lr, mom, wd, got {search}")
     if ('lr' in search) != (len(lrs) > 1):
@@ -282,7 +334,10 @@ def yes_no(s): return bool(('no', 'yes').index(s))
 def compare(
     task:str='digits', # digits, tabular, text, imagenette, imagewoof, a folder of images, or FILE.py:function
     opts:str=default_opts, # Optimizers, with arguments if you like: NAdam,NAdam(eps=1e-6),Adam
-    lrs:floats=None, # Learning rates at the peak of the cycle; in a search the lowest and the highest
+    lrs:floats=None, # Learning rates at the peak of the cycle, or base_lrs of fine_tune; in a search lowest and highest
+    lr_find:str=None, # Learning rate that lr_find suggests, for each seed: own, or for all the one of an optimizer
+    fine_tune:bool=False, # Train with fine_tune, for a Learner with a pretrained body; at its base_lr 2e-3 if no lrs
+    freeze_epochs:int=None, # In fine_tune: epochs with a frozen body before the others (default: 1)
     momenta:floats=None, # High momenta of the cycle: with x = 1-momentum it goes from 1-x to 1-3x to 1-x
     wds:floats=None, # Weight decays
     moms:str=None, # Momenta of the cycle for all runs: at the start, in the middle, at the end; one is constant
@@ -310,8 +365,9 @@ def compare(
     check_int('seeds', seeds, 2)
     if n_workers is None: n_workers = {0: defaults.cpus, 1: 0}.get(torch.cuda.device_count(), torch.cuda.device_count())
     out = Path(out or f"runs/compare-{Path(name).name}{'-quick'*quick}").expanduser()
-    kw = dict(opts=[o for o in re.split(r',(?![^(]*\))', opts) if o.strip()], # not at the commas in parentheses
-        lrs=lrs or (task_lrs[1:3] if quick else task_lrs), epochs=task_epochs if epochs is None else epochs,
+    if lrs is None and not (lr_find or fine_tune): lrs = task_lrs[1:3] if quick else task_lrs
+    kw = dict(fine_tune=fine_tune, freeze_epochs=freeze_epochs, lr_find=lr_find, opts=[o for o in re.split(r',(?![^(]*\))', opts) if o.strip()], # not at the commas in parentheses
+        lrs=lrs, epochs=task_epochs if epochs is None else epochs,
         seeds=seeds, moms=moms, metric=metric, lower_is_better=lower_is_better, baseline=baseline, margin=margin,
         grow=grow, task=name, out=out, n_workers=n_workers)
     if search: c = search_opts(make, search=search.split(','), trials=trials, trial_seeds=trial_seeds, **kw)

@@ -50,9 +50,13 @@ def read_settings(folder):
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"out: {str(folder)!r} has no results of a comparison: {e}") from e
 
+def n_epochs(settings):
+    "Epochs of a run: in fine-tuning those with a frozen body too"
+    return settings['epochs'] + (settings.get('freeze_epochs') or 0)
+
 def read_rows(folder, settings):
     "The rows of whole runs as dicts. Raises a `ValueError` that names the first damaged line"
-    file, epochs, rows, seen = folder/'results.csv', settings['epochs'], [], Counter()
+    file, epochs, rows, seen = folder/'results.csv', n_epochs(settings), [], Counter()
     text = file.read_text(encoding='utf-8') if file.exists() else ''
     lines = text[:text.rfind('\n')+1].splitlines()
     for line,row in enumerate(csv.DictReader(lines, restkey='too many values', restval='too few values'), 2):
@@ -97,7 +101,9 @@ class Comparison:
         self.tested = bool(self.results.test_metric.notna().any())
         self.in_points = plain_name(metric) in proportions and not bool((self.results.metric > 1).any())
         self.what = f"{metric}{' of test data'*self.tested}, {'lower' if self.lower_is_better else 'higher'} is better"
-        self.numbered = self.results.assign(point=self.results.groupby(point_cols, dropna=False).ngroup())
+        self.lr_find = settings.get('lr_find') # then each run has found its lr, and points have none
+        self.numbered = self.results.assign(point=self.results.assign(lr=math.nan if self.lr_find else self.results.lr)
+            .groupby(point_cols, dropna=False).ngroup())
         self.runs = self.outcomes()
         self.chosen = {o: _choose(self, o) for o in self.opts}
         base = self.difference(self.baseline)[0]
@@ -144,6 +150,7 @@ def _choose(self, opt):
 def best(self:Comparison, opt:str) -> tuple:
     "The best point (lr, mom, wd) of an optimizer; NaN where it was not set"
     found = self.runs.loc[self.runs.point.isin(self.chosen[opt][:1]), point_cols]
+    if self.lr_find: found = found.assign(lr=math.nan)
     return next(found.itertuples(index=False, name=None), (math.nan,)*3)
 
 @patch
@@ -212,9 +219,11 @@ def summary(self:Comparison) -> pd.DataFrame: # A row for each optimizer
         (value, interval, n), runs, to = self.difference(o), self.judged(o), self.time_to_target(o).median()
         diff, half, n = (math.nan, math.nan, n) if o == self.baseline else self.difference(o, self.baseline)
         p, p_equal = p_values(diff, half, n, self.margin)
-        dead = runs[runs.epoch == runs.epoch.max()].diverged
+        ends = runs[runs.epoch == runs.epoch.max()]
+        dead = ends.diverged
         low, high = binomtest(dead.sum(), len(dead)).proportion_ci(method='wilson') if len(dead) else (math.nan,)*2
-        rows[o] = dict(zip(point_cols, self.best(o)), value=value, interval=interval, diff=diff, diff_interval=half,
+        point = dict(zip(point_cols, self.best(o))) | (dict(lr=ends.lr.median()) if self.lr_find else {})
+        rows[o] = dict(point, value=value, interval=interval, diff=diff, diff_interval=half,
             p=p, p_equal=p_equal, seeds=n, runs=len(dead), diverged=dead.sum(), diverged_low=low, diverged_high=high,
             epochs_to_target=to.epochs, seconds_to_target=to.seconds, seconds_per_epoch=runs.seconds.mean())
     df = pd.DataFrame.from_dict(rows, orient='index').rename_axis('opt')
@@ -230,7 +239,8 @@ def _plus_minus(self, value, half, sign=''):
 def table(self:Comparison) -> pd.DataFrame: # Of strings
     "`summary` for reading"
     s, unit = self.summary(), f"{self.metric}{' (%)'*self.in_points}{' of test data'*self.tested}"
-    return pd.DataFrame({o: {**{f'best {k}': f'{r[k]:.4g}' for k in point_cols if s[k].notna().any()},
+    points = {k: 'median lr of lr_find' if k == 'lr' and self.lr_find else f'best {k}' for k in point_cols}
+    return pd.DataFrame({o: {**{name: f'{r[k]:.4g}' for k,name in points.items() if s[k].notna().any()},
         unit: _plus_minus(self, r.value, r.interval), 'difference': _plus_minus(self, r['diff'], r.diff_interval, '+'),
         'p': '–' if math.isnan(r.p) else f'{r.p:.2g}', 'seeds': f'{r.seeds:.0f}',
         'diverged': f'{r.diverged:.0f} of {r.runs:.0f}', 'epochs to target': f'{r.epochs_to_target:g}',

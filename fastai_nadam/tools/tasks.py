@@ -128,7 +128,8 @@ def seed_learner(make_learner, opt_func, seed):
 
 def check_learner(make_learner, opt_funcs):
     "A `Learner`, once it is sure that each is new, and that those of a seed have the same weights"
-    first, *others = (seed_learner(make_learner, f, 0) for f in [opt_funcs[0], *opt_funcs])
+    # the very first is left out: it may load data, and draw random numbers for that
+    _, first, *others = (seed_learner(make_learner, f, 0) for f in [opt_funcs[0], *opt_funcs[:1], *opt_funcs])
     ps = list(first.model.parameters())
     for qs in (list(o.model.parameters()) for o in others):
         if {*ps} & {*qs}: raise ValueError("make_learner must make a new model each time")

@@ -1,9 +1,9 @@
-"""What the stored results of `tutorial.compare` say: effects on tasks, across tasks, over trials; times to a target"""
+"""What the stored results of `tutorial.compare` say: effects on tasks, over searches and over trials"""
 from math import comb
 from pathlib import Path
 
 import numpy as np, pandas as pd
-from scipy.stats import binomtest, t as student_t
+from scipy.stats import t as student_t
 from fastai_nadam.tools.results import holm
 
 here = Path(__file__).parent
@@ -100,44 +100,3 @@ def trial_effects(
         every = np.arange(a.shape[1])
         res[task] = diff(every), np.std([diff(rng.choice(every, len(every))) for _ in range(n_boot)], ddof=1)
     return pd.DataFrame(res, index=['diff', 'se']).T
-
-def pool(
-    effects:pd.DataFrame, # `diff` and `se` of each task
-    level:float=0.95 # Of the interval
-) -> pd.Series: # `mean`, `low`, `high`, `tau` (deviation between tasks), `p`, `better` of `k` tasks, `sign_p`, `safe`
-    """Across tasks: random effects (DerSimonian and Laird's variance), the interval of Hartung and Knapp; a sign test.
-    `safe` is half an interval with Knapp and Hartung's own precaution: never narrower than the errors of the tasks
-    alone would have it"""
-    y, v, k = effects['diff'].to_numpy(float), effects.se.to_numpy(float)**2, len(effects)
-    w = 1/v
-    q, c = (w*(y - (w@y)/w.sum())**2).sum(), w.sum() - (w**2).sum()/w.sum()
-    tau2 = max(0., (q - (k-1))/c)
-    w = 1/(v + tau2)
-    mean = (w@y)/w.sum()
-    se = np.sqrt((w*(y-mean)**2).sum()/(k-1)/w.sum())
-    t, better = student_t.ppf((1+level)/2, k-1), int((y < 0).sum())
-    half, safe = t*se, t*max(se, w.sum()**-0.5)
-    return pd.Series(dict(mean=mean, low=mean-half, high=mean+half, tau=np.sqrt(tau2),
-        p=2*student_t.sf(abs(mean/se), k-1), better=better, k=k, sign_p=binomtest(better, k).pvalue, safe=safe))
-
-def times_to_target(
-    df:pd.DataFrame, # From `load`, of a search, with every epoch of the new seeds
-    opts:list # Optimizers
-) -> pd.DataFrame: # A row for each task and seed, a column for each optimizer: epochs, inf where never reached
-    "Epochs until the tuning loss reaches the worst of the optimizers' median final losses, linear within an epoch"
-    res = {}
-    df = df[(df.seed >= 100) & df.opt.isin(opts)]
-    for task,d in df.groupby('task', sort=False):
-        curves = {o: g.pivot(index='seed', columns='epoch', values='valid_loss') for o,g in d.groupby('opt')}
-        target = max(c.iloc[:,-1].median() for c in curves.values())
-        for opt,c in curves.items():
-            for seed,row in c.iterrows():
-                hit = np.flatnonzero(row.to_numpy() <= target)
-                if not len(hit): t = np.inf
-                elif (i := hit[0]) == 0: t = c.columns[0]
-                else:
-                    a, b = row.iloc[i-1], row.iloc[i]
-                    share = (a-target)/(a-b) if np.isfinite(a) else 1.
-                    t = c.columns[i-1] + share*(c.columns[i]-c.columns[i-1])
-                res.setdefault((task, seed), {})[opt] = t
-    return pd.DataFrame.from_dict(res, orient='index')[opts]

@@ -3,6 +3,8 @@
 The task is the unit, so what counts is how the tasks differ. The plain mean weighs them equally. A weighted mean needs
 to know how much they differ (`tau`), which eight tasks say badly, and where large effects have large errors it leans to
 the tasks with small effects."""
+from functools import partial
+
 import numpy as np, pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import binomtest, t as student_t, ttest_1samp
@@ -49,6 +51,9 @@ def weighted_mean(
     return pd.Series(dict(mean=mean, low=mean-half, high=mean+half, tau=tau2**.5, p=2*student_t.sf(abs(mean/se), k-1),
         **count_better(y)))
 
+estimators = {'plain mean': plain_mean, 'DerSimonian–Laird': weighted_mean,
+    'Paule–Mandel': partial(weighted_mean, spread=paule_mandel)}
+
 def coverage(
     effects:pd.DataFrame, # `diff` and `se` of each task
     n:int=1000 # Simulations
@@ -57,8 +62,6 @@ def coverage(
     se, rng = effects.se.to_numpy(float), np.random.default_rng(0)
     mean, tau = effects['diff'].mean(), paule_mandel(effects['diff'].to_numpy(float), se**2)**.5
     by_error, held = np.argsort(np.argsort(-se)), {}
-    estimators = {'plain mean': plain_mean, 'DerSimonian–Laird': weighted_mean,
-        'Paule–Mandel': lambda e: weighted_mean(e, paule_mandel)}
     for _ in range(n):
         true = np.sort(rng.normal(mean, tau, len(se)))[by_error] # the largest gain where the error is largest
         e = pd.DataFrame(dict(diff=rng.normal(true, se), se=se))

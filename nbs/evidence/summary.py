@@ -1,113 +1,326 @@
-"""The results of `tutorial.compare`, loaded and pooled, its first screen and the picture of the effects"""
-import matplotlib.pyplot as plt
+"""What the pages say of the evidence: effects pooled over tasks, in words, in tables and in pictures"""
+from functools import cache
+
+import matplotlib.pyplot as plt, user
 from analysis import *
+from pooling import coverage, estimators, plain_mean
 
 labels = {nadam: 'NAdam', adam: 'exact Adam'}
-dfs = {k: load(k) for k in ('short', 'middle', 'long')}
-ends = {k: finals(df) for k,df in dfs.items()}
-points = {k: f[f.seed < 100].groupby(['task', 'opt', *point])[['tune', 'test']].mean() for k,f in ends.items()}
-trials = {k: int(m.groupby(['task', 'opt']).size().max()) for k,m in points.items()}
-measured = {k: effects(f) for k,f in ends.items()}
-at5 = {k: pool(trial_effects(f, 5)) for k,f in ends.items()}
-end, equal = ({k: pool(e, level) for k,e in measured.items()} for level in (.95, .90))
+styles = {nadam: dict(label='NAdam', color='k', ls='-', marker='o'),
+    adam: dict(label='exact Adam', color='0.55', ls='--', marker='s')}
+words = dict(short='short', middle='medium-length', long='long')
+epochs = dict(short=2, middle=8, long=32)
+folders = dict(short=['short', 'short-1', 'short-2', 'short-3'], middle=['middle', 'middle-1', 'middle-2', 'middle-3'],
+    long=['long'])
 
-searches = {k: [measured[k], *(effects(finals(load(f'{k}-{i}'))) for i in (1, 2, 3))] for k in ('short', 'middle')}
-again = {k: repeated(es) for k,es in searches.items()}
-means = {k: pool(e) for k,e in again.items()} # over four searches
+# The searches: four of short and of medium-length runs, one of long ones
 
-def favours(p): return p.high < 0 and p.better >= 6
-met = [k for k in ends if favours(at5[k]) and favours(end[k])] # horizons at which the decision rule holds
+@cache
+def ends(folder): return finals(load(folder))
 
-def adam_loss(k): return ends[k].query('seed >= 100 and opt == @adam').groupby('task').test.mean()
+def trial_points(folder):
+    "The points that a search tried: mean losses over the seeds of its trials"
+    f = ends(folder)
+    return f[f.seed < 100].groupby(['task', 'opt', *point])[['tune', 'test']].mean()
+
+@cache
+def points(length): # of the four searches, a column with the distance of the momentum from 1
+    return pd.concat(map(trial_points, folders[length])).reset_index(point).assign(x=lambda d: 1 - d.mom).sort_index()
+
+@cache
+def searched(length): return [effects(ends(o)) for o in folders[length]]
+
+def mean_of_searches(length):
+    "The effect on each task: the mean of its searches, or of the only one"
+    es = searched(length)
+    return repeated(es) if len(es) > 1 else es[0]
+
+def best_of(length, n, reach=None):
+    "NAdam's effect on each task (%), in expectation over all choices of `n` of the points that were tried"
+    def loss(task, opt):
+        d = points(length).loc[(task, opt)]
+        if reach: d = d[d.x.between(*reach[opt])]
+        return expected_best(d.tune, d.test, n)
+    return pd.Series({task: 100*(loss(task, nadam) - loss(task, adam)) for task in names})
+
+# exact Adam's 1 − momentum is searched twice as high as NAdam's, over as large a factor
+own_ranges = {nadam: (0, .33/2), adam: (2*.0125, 1)}
+
+def at_adams_point(length):
+    """NAdam's effect (%) at the point that a search chose for exact Adam, the mean over searches. One seed of the
+    trials chooses, the other one judges, and the other way round"""
+    res = {}
+    for folder in folders[length]:
+        f = ends(folder)
+        seeds = [d.set_index(['task', 'opt', *point])[['tune', 'test']].sort_index()
+            for _,d in f[f.seed < 100].groupby('seed')]
+        for task in names:
+            for a,b in (seeds, seeds[::-1]):
+                best = a.tune.loc[task, adam].idxmin()
+                diff = b.test.loc[(task, nadam, *best)] - b.test.loc[(task, adam, *best)]
+                res.setdefault(task, []).append(100*diff)
+    return pd.DataFrame(res).mean()
+
+def best_tenth(length):
+    "How many times smaller 1 − momentum is in the best tenth of NAdam's points than of exact Adam's, on each task"
+    def distance(task, opt):
+        d = points(length).loc[(task, opt)]
+        return np.log(d.nsmallest(len(d)//10, 'tune').x).mean()
+    logs = pd.Series({task: distance(task, adam) - distance(task, nadam) for task in names})
+    return np.exp(plain_mean(logs)[['mean', 'low', 'high']])
+
+# The grid of learning rates and momenta
+
+@cache
+def cells(): return ends('landscape').groupby(['task', 'opt', 'mom', 'lr'])[['tune', 'test']].mean()
+
+@cache
+def at_momentum():
+    "Test loss of each momentum at its best learning rate (by the tuning data), % above exact Adam at fastai's momentum"
+    logs = 100*cells().loc[cells().groupby(['task', 'opt', 'mom']).tune.idxmin()].test.droplevel('lr').unstack('mom')
+    return logs.sub(logs.xs(adam, level='opt')[.95], level='task', axis=0)
+
+def tuning_gain(n, off=0):
+    """What `n` trials lower exact Adam's loss by (%) on medium-length runs, compared with no tuning: fastai's momentum,
+    weight decay 0.01 and the middle of the learning rates, or one `off` steps of √10 too large or too small"""
+    grid = cells().test.xs((adam, .95), level=('opt', 'mom')).unstack('task') # of each task, from the lowest rate
+    start = pd.Series({t: d.dropna().iloc[[2-off, 2+off]].mean() for t,d in grid.items()})
+    tuned = {t: expected_best(d.tune, d.test, n) for t in names for d in [points('middle').loc[(t, adam)]]}
+    return 100*(start - pd.Series(tuned)).reindex(names)
+
 def doublings():
-    "NAdam's effect at the middle horizon, in per cent and in doublings of exact Adam's training"
-    doubling = 50*(adam_loss('long') - adam_loss('middle')) # from 8 epochs to 32: two of them
-    d = pd.DataFrame({'effect (%)': measured['middle']['diff'], 'a doubling (%)': doubling})
+    "NAdam's effect on medium-length runs, in per cent and in doublings of exact Adam's training"
+    def loss(k): return ends(k).query('seed >= 100 and opt == @adam').groupby('task').test.mean()
+    d = pd.DataFrame({'effect (%)': mean_of_searches('middle')['diff'],
+        'a doubling (%)': 50*(loss('long') - loss('middle'))}) # from 8 epochs to 32: two of them
     return d.reindex(names).assign(**{'effect in doublings': d.iloc[:,0]/d.iloc[:,1]})
 
-def trials_gain(n):
-    "What `n` trials in place of one lower exact Adam's loss by, in per cent, geometric mean over tasks (middle)"
-    logs = [expected_best(d.tune, d.test, n) - expected_best(d.tune, d.test, 1)
-        for _,d in points['middle'].xs(adam, level='opt').groupby('task')]
-    return 100*(1 - np.exp(np.mean(logs)))
+# The rule that was set beforehand
 
-new_names = ['houses', 'code_conv', 'digits_vit']
-held = finals(pd.concat(load(k, new_names).assign(opt=lambda d: d.opt.map(labels) + f' ({moms})') for k,moms in
-    dict(held_out='0.95, 0.85, 0.95', held_out_nadam='0.9, 0.7, 0.9', held_out_adam='0.8, 0.4, 0.8').items()))
-default, default_nadam, low_nadam, low_adam = (f'{o} ({moms})' for o,moms in (('exact Adam', '0.95, 0.85, 0.95'),
-    ('NAdam', '0.95, 0.85, 0.95'), ('NAdam', '0.9, 0.7, 0.9'), ('exact Adam', '0.8, 0.4, 0.8')))
-same_lr = winners(held).lr.unstack('opt')[[default, default_nadam]].nunique(axis=1).eq(1).sum()
+beforehand = 'DerSimonian–Laird' # the estimator that the protocol names
+
+def favours(p): return p.high < 0 and p.better >= 6
+
+@cache
+def by_rule():
+    "What the rule looks at, the first search of each length at 5 trials and at its end, by each estimator"
+    at5 = {k: trial_effects(ends(k), 5) for k in words}
+    return pd.DataFrame({(words[k], name): {'5 trials': f(at5[k]), 'whole search': f(searched(k)[0])}
+        for k in words for name,f in estimators.items()}).T
+
+def met(estimator=beforehand):
+    "Lengths of training at which the rule's conditions hold"
+    rows = by_rule().xs(estimator, level=1)
+    return [k for k,r in rows.iterrows() if favours(r['5 trials']) and favours(r['whole search'])]
+
+# In words
 
 def num(x, digits=1): return f'{x:+.{digits}f}'.replace('-', '−')
-def percent(p): return f"{num(p['mean'], 2)} % ({num(p.low, 2)} to {num(p.high, 2)})"
+def interval(p, digits=1): return f'{num(p.low, digits)} to {num(p.high, digits)}'
+def percent(p, digits=1): return f"{num(p['mean'], digits)} % ({interval(p, digits)})"
+def share(x): return f'{100*x:.0f} %'
 def lower(p): return f'{p.better:.0f} of {p.k:.0f}'
 def plus_minus(r): return f'{num(r["diff"])} ± {half_width(r):.1f}'
 
-def in_short():
-    "The first screen"
-    def row(k):
-        cells = f'{k}, {ends[k].epoch.max()} epochs', percent(at5[k]), percent(end[k]), lower(end[k])
-        return f'| {" | ".join(cells)} | {"yes" if k in met else "no"} |'
-    pooled = '\n'.join(map(row, ends))
-    others = ' and '.join(f'{percent(p)} in {k} runs' for k,p in means.items())
-    within = ', '.join(k for k in ends if -1 < equal[k].low and equal[k].high < 1)
-    shown = f'shown for {within}' if within else 'not shown'
-    ranges = ', '.join(f'{k} {num(equal[k].low)} to {num(equal[k].high)}' for k in ends)
-    new = ', '.join(f'`{t}` {plus_minus(r)} %' for t,r in effects(held, default_nadam, default).iterrows())
-    worth, gain5, gain32 = doublings().iloc[:,2].median(), trials_gain(5), trials_gain(32)
+swap, fine_tune = 'Only swap opt_func', 'Fine-tune'
+asked_by_users = dict(swap_middle=(swap, 'medium-length runs'), swap_long=(swap, 'long runs'),
+    swap_middle_adam=(f"{swap}, Adam's rate", 'medium-length runs'),
+    swap_long_adam=(f"{swap}, Adam's rate", 'long runs'),
+    finetune=(fine_tune, 'the defaults'), finetune_tuned=(fine_tune, 'best of 10 settings'))
+
+@cache
+def users_answers():
+    "What PROTOCOL.md asks: NAdam's test loss compared with that of fastai's Adam, with the verdict; what has been run"
+    rows = user.answers()
+    return pd.DataFrame({name: rows.loc[q] for folder,name in asked_by_users.items()
+        for q,(f,*_) in user.questions.items() if f == folder and q in rows.index}).T
+
+@cache
+def answers():
+    "NAdam's test loss compared with Adam's: a row for each question and length of training, pooled over tasks"
+    asked = {(f'Best of {n} settings', f'{words[k]} runs'): best_of(k, n) for n in (5, 32) for k in ('short', 'middle')}
+    asked |= {('Best of 32, trained again', f'{words[k]} runs'): mean_of_searches(k) for k in ('short', 'middle')}
+    asked['Best of 16, trained again', 'long runs'] = mean_of_searches('long')
+    asked |= {('Recipe tuned for Adam', f'{words[k]} runs'): at_adams_point(k) for k in ('short', 'middle')}
+    searches = pd.DataFrame({k: plain_mean(e) for k,e in asked.items()}).T
+    users = users_answers()
+    return pd.concat([users.reindex(columns=searches.columns), searches]) if len(users) else searches
+
+outcomes = {
+    'take it': 'NAdam ends lower', 'take it, but it is worth less than 2 %': 'NAdam ends lower, by less than 2 %',
+    'leave it': 'NAdam ends higher', 'leave it, but it costs less than 2 %': 'NAdam ends higher, by less than 2 %',
+    'either': 'there is no difference that matters', 'not shown': 'no difference is shown'}
+
+def users_answer(question):
+    "Verdict and figures of a question of PROTOCOL.md as a phrase, by its first row; None if it has not been run"
+    if question not in users_answers().index: return None
+    rows = users_answers().loc[question]
+    prep = 'with' if question == fine_tune else 'in'
+    said = ', and '.join(f'{percent(p)} {prep} {what}' for what,p in rows.iterrows())
+    return f'{outcomes[rows.verdict.iloc[0]]}, {said} ({rows.k.iloc[0]:.0f} tasks)'
+
+def answer(question):
+    "The rows of a question as a phrase"
+    return ' and '.join(f'{percent(p)} in {runs}' for runs,p in answers().loc[question].iterrows())
+
+def in_a_line():
+    "The answer for whoever reads no further"
+    few = ' and '.join(f"{num(p['mean'])} % in {runs}" for runs,p in answers().loc['Best of 5 settings'].iterrows())
+    asked = {q: outcomes[r.verdict.iloc[0]] for q,r in users_answers().groupby(level=0)}
+    cases = (swap, 'If you only swap `opt_func`, '), (fine_tune, 'If you fine-tune, ')
+    said = ' '.join(f'{what}{asked[q]}.' for q,what in cases if q in asked)
+    return (f"{said} With the best of 5 settings for each its test loss differs from Adam's by {few}, on average over "
+        "small tasks. In long runs, and in a recipe that is tuned for Adam, nothing is shown.")
+
+def in_short(
+    page:str='' # Where the rule is, as a link
+):
+    "The answers in words, the user's questions first"
+    off, good = (plain_mean(tuning_gain(5, o)) for o in (1, 0))
+    asked = {
+        '**You only swap `opt_func`**, and take the learning rate that `lr_find` suggests': users_answer(swap),
+        'The same, with the rate that it suggests for Adam': users_answer(f"{swap}, Adam's rate"),
+        '**You fine-tune** a pretrained network': users_answer(fine_tune)}
+    user_lines = '\n'.join(f'- {k}: {v}.' for k,v in asked.items() if v)
     return f"""
-**What Nesterov is worth.** Eight small tasks; learning rate, momentum and weight decay tuned for both; test data that
-chose nothing. This is NAdam's test loss compared with that of *exact Adam*, the same code without
-[looking ahead](tutorial.nesterov.ipynb). Pooled over tasks, with 95 % intervals; negative is better:
-
-| training | tuned by 5 trials | by the whole search | lower on | rule met |
-|---|---|---|---|---|
-{pooled}
-
-**Is it worth choosing?** The rule, set before the runs, asks for intervals that leave out 0 and for 6 of 8 tasks, at
-two of the three lengths. It is met at {len(met)}. So by the rule NAdam **is{"" if len(met) > 1 else " not"}** worth
-choosing over an Adam that is tuned as well. Its loss is lower on most tasks, but the tasks differ so much in how much
-lower that their mean is not known well.
-
-**Was it the choice of points?** In part. Three more searches with other points, made when the rule had been applied,
-[gave less](#with-other-points): the mean of all four is {others}.
-
-**The recipe.**
-
-- Tune the learning rate first and the momentum second. Which of the two optimizers comes after that.
-- If you do not tune the momentum, leave it as it is in fastai. NAdam is then a good choice, with the learning rate and
-  the weight decay that you have for Adam. On three tasks that took no part in finding anything, its test loss differs
-  from exact Adam's by {new}, each at its best of 8 learning rates, which was the same one on {same_lr} of
-  {len(new_names)}.
-- A lower momentum, `moms=(0.9, 0.7, 0.9)` for NAdam or `(0.8, 0.4, 0.8)` for Adam, is often better and sometimes much
-  worse, so no rule came out of it. In long runs take a lower learning rate, not a lower momentum
-  ([below](#the-recipe-which-momentum)).
-
-| an expert asks | |
-|---|---|
-| tuned how? | {trials["middle"]} points, the same for both, × 2 seeds (long: {trials["long"]} × 1), by tuning data |
-| judged on what? | test data, 30 new seeds (long: 10), the same for both |
-| how many comparisons? | one, which must meet all conditions at once; any other is corrected by Holm's method |
-| equal, then? | within ±1 % of the loss: {shown} (90 % intervals in %: {ranges}) |
-| how much is that? | in the median over tasks as much as {worth:.2f} doublings of the training (middle) |
-| what is worth more? | tuning: 5 trials in place of 1 lower exact Adam's loss by {gain5:.0f} %, 32 by {gain32:.0f} % |
+{user_lines}
+- **You train from scratch and try a few settings:** NAdam ends lower. With the best of 5 settings of learning rate,
+  momentum and weight decay for each, its test loss differs from Adam's by {answer('Best of 5 settings')}.
+- **You tune a lot:** the more settings are tried, the less is left: {answer('Best of 32 settings')}. Trained again with
+  new seeds, the winners of 32 settings differ by {answer('Best of 32, trained again')}. By
+  [the rule that was set beforehand]({page}#the-rule-that-was-set-beforehand) this is
+  {'enough' if len(met()) > 1 else 'not enough'} to choose NAdam over an equally well-tuned Adam.
+- **You train for long:** nothing is shown, {answer('Best of 16, trained again')}.
+- **You have a recipe that is tuned for Adam:** putting NAdam into it gains nothing that shows,
+  {answer('Recipe tuned for Adam')}.
+- **What is worth more:** the learning rate. From one that is three times too large or too small, 5 settings lower
+  Adam's loss by {off['mean']:.0f} % ({off.low:.0f} to {off.high:.0f}); from a good one, by {good['mean']:.0f} %
+  ({num(good.low, 0)} to {num(good.high, 0)}).
 """
 
-def plot_effects(
-    tables:dict, # Length of training → table from `effects` or `repeated`; a panel for each
-    searches:dict={} # Length of training → tables of single searches, drawn beside
-):
-    "NAdam's effect on each task and over all, with 95 % intervals"
-    size = (2 + 2.5*len(tables), 3.4)
-    fig, axs = plt.subplots(1, len(tables), figsize=size, layout='constrained', sharex=True, sharey=True)
-    for ax,(k,e) in zip(axs, tables.items()):
-        p, y = pool(e), len(names) + 0.3
-        ax.axvline(0, color='0.6', lw=1)
-        for o in searches.get(k, []): ax.plot(o['diff'], o.index.map(names.index) + .25, 'o', color='0.6', ms=3)
-        ax.errorbar(e['diff'], e.index.map(names.index), xerr=half_width(e), fmt='o', color='k', ms=4, capsize=2)
+def which_one():
+    "What to take, a line for each case"
+    tuned = users_answer(fine_tune)
+    pretrained = ('a pretrained model to fine-tune',
+        '`NAdam`' if tuned and 'lower' in tuned else '`NAdam(nesterov=False)`', tuned)
+    rows = [*[pretrained]*bool(tuned), ('a model to train from scratch, and time to try a few settings', '`NAdam`',
+            f"its loss is lower: {answer('Best of 5 settings')}"),
+        ('a recipe that is tuned for Adam', '`NAdam(nesterov=False)`',
+            f"it is Adam, only faster; looking ahead gains nothing that shows: {answer('Recipe tuned for Adam')}"),
+        ('a long run', '`NAdam(nesterov=False)`',
+            f"nothing is shown for looking ahead: {answer('Best of 16, trained again')}"),
+        ('a recipe from another framework', '[the same NAdam as there](tutorial.which_nadam.ipynb)',
+            '`NAdam` takes the steps of AlgoPerf and timm, `DozatNAdam` those of PyTorch, Keras and optax')]
+    return '\n'.join(['| you have | take | for |', '|---|---|---|', *(f"| {' | '.join(o)} |" for o in rows)])
+
+def at_a_glance():
+    "How it was measured, for an expert"
+    equal = {words[k]: plain_mean(searched(k)[0], .90) for k in words}
+    within = ', '.join(k for k,p in equal.items() if -1 < p.low and p.high < 1)
+    ranges = ', '.join(f'{k} {interval(p)}' for k,p in equal.items())
+    shared = 1 - (1 - 500/1797)**2 # of the images of `digits`, 500 tune in each of two seeds
+    n = len(points('short').loc[('digits', nadam)])
+    rows = {'optimizers': '`NAdam` and exact Adam, `NAdam(nesterov=False)`: one code, ε = 1e-8, β₂ = 0.99, decoupled '
+            'weight decay',
+        'tasks': 'eight, small, of four kinds and from six sets of data; three more, set apart, check the recipe',
+        'a setting': 'learning rate (over a factor of 100), momentum, weight decay; quasi-random, the same for both',
+        'a *trial*': 'one setting, trained with two seeds (long runs: one). The tuning data choose among trials',
+        'a search': f'32 trials. Four searches of short and of medium-length runs, {n} trials; one of long runs, of 16',
+        'best of n': f'the test loss of the chosen trial, mean over all choices of n of the {n}',
+        'trained again': 'the winner of a search, with 30 new seeds (long runs: 10); mean of the searches',
+        'what is not independent': 'each seed splits its data anew. So test items of one seed were tuning items of '
+            f"another ({share(shared)} of a new seed's test images of `digits`). Within a run no test item has trained "
+            'or tuned',
+        'unit and interval': 'the task. The plain mean over tasks with Student\'s t; '
+            '[two other estimators](#the-mean-three-ways) as a check',
+        'rule set beforehand': f'[met at {len(met())} of 3 lengths](#the-rule-that-was-set-beforehand), and it asks '
+            f"for 2: {'met' if len(met()) > 1 else '**not met**'}",
+        'corrected for their number': "DozatNAdam and fastai's Adam, by Holm's method, together. What is called "
+            'exploratory is not corrected',
+        'equivalence': 'within ±1 % of the loss, by two one-sided tests: '
+            + (f'shown for {within}' if within else 'not shown') + f" (90 % intervals: {ranges})",
+        'protocol': '[written and committed before the runs](#appendix-the-protocol)'}
+    return '\n'.join(['| | |', '|---|---|', *(f'| {k} | {v} |' for k,v in rows.items())])
+
+# In pictures
+
+def users_table():
+    "The questions of PROTOCOL.md, with their verdicts"
+    rows = {}
+    for q,r in user.answers().iterrows():
+        e = user.effects(*user.questions[q][:2])
+        rows[q] = {'NAdam − Adam': percent(r), '90 % interval': f'{num(r.low90)} to {num(r.high90)}',
+            'p, after Holm': f'{r.p_holm:.2f}', 'lower on': lower(r), 'seeds': f'{e.n.min():.0f}',
+            'which': 'primary' if r.primary else 'secondary', 'verdict': r.verdict}
+    return pd.DataFrame(rows).T
+
+def plot_answers():
+    "The answers with their 95 % intervals; full where 0 is outside"
+    rows = answers()
+    fig, ax = plt.subplots(figsize=(9, .7 + .36*len(rows)), layout='constrained')
+    ax.axvline(0, color='0.6', lw=1)
+    for y,((question, runs),p) in enumerate(rows.iterrows()):
         half = [[p['mean'] - p.low], [p.high - p['mean']]]
-        ax.errorbar(p['mean'], y, xerr=half, fmt='D', color='C0', ms=7, capsize=4)
-        ax.set_yticks([*range(len(names)), y], [*names, 'all tasks'])
-        ax.set_title(f'{k} runs: lower on {lower(p)} tasks', fontsize='medium')
-    axs[0].invert_yaxis()
+        ax.errorbar(p['mean'], y, xerr=half, fmt='o', color='k', mfc='k' if p.low*p.high > 0 else 'w', capsize=3)
+        ax.text(1.02, y, percent(p), transform=ax.get_yaxis_transform(), va='center')
+    first = ~rows.index.get_level_values(0).duplicated()
+    for y in np.flatnonzero(first)[1:]: ax.axhline(y - .5, color='0.85', lw=.8)
+    ax.set_yticks(range(len(rows)), [f'{q}:  {r}' if new else r for new,(q, r) in zip(first, rows.index)])
+    ax.tick_params('y', length=0)
+    ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.set(ylim=(len(rows) - .5, -.5),
+        xlabel="← NAdam is better        NAdam's test loss − Adam's (%), mean over tasks        Adam is better →")
+
+def draw_tasks(ax, e, xlim, searches=()):
+    "Effects on tasks with their intervals, an arrow where one goes on, and their mean; `searches` beside them"
+    ax.axvline(0, color='0.6', lw=1)
+    for y,r in enumerate(e.itertuples()):
+        half = half_width(e.loc[r.Index])
+        low, high = r.diff - half, r.diff + half
+        ax.plot(np.clip([low, high], *xlim), [y, y], color='k', lw=1.3)
+        if low < xlim[0]: ax.plot(xlim[0], y, '<', color='k', ms=5, clip_on=False)
+        if high > xlim[1]: ax.plot(xlim[1], y, '>', color='k', ms=5, clip_on=False)
+        ax.plot(np.clip(r.diff, *xlim), y, 'o', color='k', ms=5)
+    for o in searches: ax.plot(o['diff'].clip(*xlim), np.arange(len(o)) + .28, 'o', color='0.6', ms=3, clip_on=False)
+    p, y = plain_mean(e), len(e) + .3
+    half = [[p['mean'] - p.low], [p.high - p['mean']]]
+    ax.errorbar(p['mean'], y, xerr=half, fmt='D', color='C0', ms=7, capsize=4)
+    ax.set_yticks([*range(len(e)), y], [*e.index, 'all tasks'])
+    ax.set(xlim=xlim, ylim=(y + .7, -.7))
+
+def plot_tasks(xlim=(-16, 13)):
+    "The effect on each task (grey: single searches), and the mean over tasks"
+    fig, axs = plt.subplots(1, 3, figsize=(9.5, 3.4), layout='constrained', sharey=True)
+    for ax,k in zip(axs, words):
+        es = searched(k)
+        draw_tasks(ax, mean_of_searches(k), xlim, es if len(es) > 1 else ())
+        ax.set_title(f"{words[k]} runs, {'four searches' if len(es) > 1 else 'one search'}", fontsize='medium')
     fig.supxlabel("NAdam's test loss − exact Adam's (%)", fontsize='medium')
+
+def plot_users(xlim=(-20, 20)):
+    "The effect on each task in the questions of PROTOCOL.md"
+    done = {q: user.effects(f, t) for q,(f,t,_) in user.questions.items()}
+    done = {q: e for q,e in done.items() if len(e) > 1}
+    n_rows = (len(done) + 1)//2
+    fig, axs = plt.subplots(n_rows, 2, figsize=(9.5, 3.7*n_rows), layout='constrained', squeeze=False)
+    for ax,(q,e) in zip(axs.flat, done.items()):
+        draw_tasks(ax, e, xlim)
+        ax.set_title(q, fontsize='medium')
+    for ax in axs.flat[len(done):]: ax.set_visible(False)
+    fig.supxlabel("NAdam's test loss − that of fastai's Adam (%)", fontsize='medium')
+
+def plot_trials(ns=(1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128)):
+    "The mean effect, by the number of settings that each optimizer may try"
+    fig, axs = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained', sharey=True)
+    for ax,k in zip(axs, ('short', 'middle')):
+        ps = pd.DataFrame([plain_mean(best_of(k, n)) for n in ns], index=ns)
+        ax.fill_between(ns, ps.low, ps.high, color='0.88', label='95 % interval over tasks')
+        ax.plot(ns, ps['mean'], 'k-o', ms=4, label='the same range of momentum for both')
+        own = [plain_mean(best_of(k, n, own_ranges))['mean'] for n in ns if n <= 100]
+        ax.plot(ns[:len(own)], own, '--', color='0.45', label='a range of its own for each')
+        ax.axhline(0, color='0.6', lw=1)
+        ax.set(title=f'{words[k]} runs', xscale='log', xlabel='settings tried')
+        ax.set_xticks([1, 2, 5, 12, 32, 128], ['1', '2', '5', '12', '32', '128'])
+        ax.minorticks_off()
+    axs[0].set_ylabel("NAdam's loss − exact Adam's (%)")
+    axs[1].legend(frameon=False, loc='lower right', fontsize='small')
