@@ -163,9 +163,9 @@ static int alike(const Tensor *t, const Tensor *u) {
     return 1;
 }
 
-/* Rows of parameters, gradients and averages, all in one list after another, as bytes. None if a tensor is out of the
-   ordinary: not like the other three of its row, with gaps, of another dtype or device than the first, or not inside its
-   storage, of which we get address and size. */
+/* Rows of parameters, gradients and averages, which come in one list after another, as bytes. None if a tensor is out of
+   the ordinary: not like the other three of its row, with gaps, of another dtype or device than the first, or not
+   inside its storage, of which we get address and size. */
 static PyObject *rows(PyObject *module, PyObject *args) {
     PyObject *capsule, *tensors, *starts, *sizes, *res;
     if (!PyArg_ParseTuple(args, "OO!O!O!",
@@ -234,7 +234,8 @@ static PyObject *apart(PyObject *module, PyObject *args) {
 static PyMethodDef methods[] = {
     {"rows", rows, METH_VARARGS, "rows(exchange_api, tensors, starts, sizes)"},
     {"apart", apart, METH_VARARGS, "apart(rows, element_size)"},
-    {"step", step, METH_VARARGS, "step(rows, states, new, is_double, threads, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2)"},
+    {"step", step, METH_VARARGS,
+        "step(rows, states, new, is_double, threads, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2)"},
     {0}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernel", NULL, -1, methods};
 

@@ -24,8 +24,9 @@ except ImportError: _kernel = None # it was not built
 
 def _is_on(v):
     "Does this value of the environment variable `FASTAI_NADAM_KERNEL` leave the kernel on?"
-    words = {**dict.fromkeys(('', '1', 'true', 'yes', 'on'), True), **dict.fromkeys(('0', '00', 'false', 'no', 'off'), False)}
-    if v.strip().lower() in words: return words[v.strip().lower()]
+    word = v.strip().lower()
+    if word in ('', '1', 'true', 'yes', 'on'): return True
+    if word in ('0', '00', 'false', 'no', 'off'): return False
     raise ValueError(f"FASTAI_NADAM_KERNEL must be 1 or 0 (or true, yes, on, false, no, off), got {v!r}")
 
 if not _is_on(os.environ.get('FASTAI_NADAM_KERNEL', '')): _kernel = None
@@ -121,7 +122,7 @@ def _has_sgd(dtype):
 # %% ../nbs/02_multi_tensor.ipynb #07ec
 @torch.no_grad()
 def fused_step(blocks, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2, begin=noop):
-    "As `kernel_step`, with PyTorch's fused AdamW kernel on `blocks` from `cut_blocks`; calls `begin` before averages change"
+    "As `kernel_step`, with PyTorch's fused AdamW on `blocks` from `cut_blocks`; calls `begin` before averages change"
     p, w, scale = blocks[0][0][0], a/(a+b), (a+b)*math.sqrt(debias2)
     in_place = w >= 0.25 and p.dtype in (torch.float32, torch.float64)
     # elsewhere than on a CPU only the number of calls counts

@@ -112,7 +112,6 @@ class NAdamOptimizer(Optimizer):
         cbs = [weight_decay if decouple_wd else l2_reg, partial(average_grad, dampening=True), average_sqr_grad,
             step_stat, partial(nadam_step, rule=rule)]
         super().__init__(params, cbs, **hypers)
-        for p in params.concat(): self.state[p] = {} # so that nothing that reads has to add it
 
     def __setattr__(self, k, v):
         if k in ('decouple_wd', 'foreach', 'fused'): check_flag(k, v, none=k != 'decouple_wd')
@@ -127,8 +126,8 @@ class NAdamOptimizer(Optimizer):
             raise
 
     def set_hyper(self, k, v):
-        "Set hyper `k` to a value, which may be a scalar of numpy or torch, a list with one per group, or a slice"
-        super().set_hyper(k, v.item() if getattr(v, 'ndim', None) == 0 else v)
+        "Set hyper `k` to a number, a list or an array with one per group, or a slice"
+        super().set_hyper(k, v.tolist() if isinstance(v, (np.generic, np.ndarray, Tensor)) else v)
 
     def _set_hyper(self, k, v): super()._set_hyper(k, [plain(check_hyper(k, o)) for o in v])
 
@@ -144,7 +143,8 @@ class NAdamOptimizer(Optimizer):
 @patch
 def __repr__(self:NAdamOptimizer):
     rule = getattr(self.rule, '__name__', self.rule)
-    lines = [f"NAdamOptimizer: {rule}, {'decoupled' if self.decouple_wd else 'L2'} weight decay, stepped by {self.impl}"]
+    decay = 'decoupled' if self.decouple_wd else 'L2'
+    lines = [f"NAdamOptimizer: {rule}, {decay} weight decay, stepped by {self.impl}"]
     for i,(pg,h) in enumerate(zip(self.param_lists, self.hypers)):
         n = sum(p.numel() for p in pg if not is_lazy(p))
         frozen = ', frozen' if all(isinstance(p, nn.Parameter) and not p.requires_grad for p in pg) else ''
@@ -195,7 +195,8 @@ def _batches(self:NAdamOptimizer, groups, ps, states, one_by_one=None):
         return impl and (impl, p.dtype, p.device)
     if one_by_one is None: kinds = [kind(ps[0])]*len(ps)
     else: kinds = [None if j in one_by_one else kind(p) for j,p in enumerate(ps)]
-    res, shared = defaultdict(list), ('step', 'sqr_mom_prod', 'do_wd', *self.rule(step=1, **self.hypers[0])[2])
+    res = defaultdict(list)
+    shared = ('step', 'sqr_mom_prod', 'do_wd', *self.rule(step=1, **self.hypers[0])[2])
     for j,(i,kind,state) in enumerate(zip(groups, kinds, states)):
         res[(kind, i, *map(state.get, shared)) if kind else (None, i)].append(j)
     return [_Batch(kind and kind[0], i, idxs) for (kind,i,*_),idxs in res.items()]
@@ -250,7 +251,8 @@ def _together(self:NAdamOptimizer, ps, new):
         for s in states: s.update(new)
     except BaseException: # averages without their numbers begin anew
         for p,s in zip(ps, states):
-            if begun and s.get('step') != new['step']: self.state[p] = {k: s[k] for k in self._keep_on_clear if k in s}
+            if begun and s.get('step') != new['step']:
+                self.state[p] = {k: s[k] for k in self._keep_on_clear if k in s}
         raise
 
 # %% ../nbs/03_optimizer.ipynb #31se

@@ -14,7 +14,7 @@ for k,o in vars(fastcore.test).items():
 seed = int(os.environ.get('NADAM_TEST_SEED', random.SystemRandom().randrange(2**32)))
 
 def pytest_addoption(parser):
-    parser.addoption('--device', default='cpu', help="where tensors are made: `pytest tests/test_impls.py --device cuda`")
+    parser.addoption('--device', default='cpu', help='where tensors are made: pytest tests/test_impls.py --device cuda')
 
 @pytest.fixture(autouse=True)
 def on_device(request):

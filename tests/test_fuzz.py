@@ -1,6 +1,7 @@
 """Random lives of an optimizer: whatever is done to its tensors between steps, each is that of the steppers in float64
 
-For a long search: python tests/test_fuzz.py SECONDS (with NADAM_FUZZ_EXCHANGE=0 as before PyTorch 2.10). One life again: python tests/test_fuzz.py --seed SEED"""
+For a long search: python tests/test_fuzz.py SECONDS, with NADAM_FUZZ_EXCHANGE=0 as with a PyTorch before 2.10.
+One life again: python tests/test_fuzz.py --seed SEED"""
 import gc, os, pickle, random, sys, time, traceback, warnings
 from collections import defaultdict
 from copy import deepcopy

@@ -181,7 +181,8 @@ def test_equal_values_stay_equal_at_every_place(dtype):
 def test_the_same_bits_at_every_address(dtype):
     start, res = [torch.rand(1001, dtype=dtype) for _ in range(4)], []
     for at in (0, 1, 2, 3, 5, 8, 13):
-        lists = [[torch.empty(1001 + 20, dtype=dtype)[a:a+1001].copy_(t)] for a,t in zip((at, 0, random.randrange(20), at), start)]
+        places = at, 0, random.randrange(20), at
+        lists = [[torch.empty(1021, dtype=dtype)[a:a+1001].copy_(t)] for a,t in zip(places, start)]
         for _ in range(3): kernel_step(kernel_rows(*lists), **one_step)
         res.append(bits(lists))
     for other in res[1:]: assert all(torch.equal(x, y) for x,y in zip(res[0], other))
@@ -225,8 +226,8 @@ def test_the_newest_pytorch_has_the_exchange_api():
     assert rows and rows.bytes == kernel_rows(*ts).bytes
 
 @built
-@pytest.mark.parametrize('harm', ['dtype', 'shape', 'strides', 'gaps', 'expanded', 'negative', 'class', 'shared', 'overlap',
-    'sparse', 'meta', 'empty storage', 'shrunk storage', 'not aligned', 'none', 'number'])
+@pytest.mark.parametrize('harm', ['dtype', 'shape', 'strides', 'gaps', 'expanded', 'negative', 'class', 'shared',
+    'overlap', 'sparse', 'meta', 'empty storage', 'shrunk storage', 'not aligned', 'none', 'number'])
 def test_rows_out_of_the_ordinary(harm):
     "In any place of any row"
     if not multi_tensor.exchange_api: pytest.skip('this PyTorch has no exchange API')
@@ -243,10 +244,12 @@ def test_rows_out_of_the_ordinary(harm):
         x.untyped_storage().resize_(0)
         return x
     class Other(torch.Tensor): pass
-    bad = {'dtype': lambda: t.double(), 'shape': lambda: t[:2], 'strides': lambda: t.t().contiguous().t(), 'gaps': lambda: torch.randn(4, 8)[:, ::2],
+    bad = {'dtype': lambda: t.double(), 'shape': lambda: t[:2], 'strides': lambda: t.t().contiguous().t(),
+        'gaps': lambda: torch.randn(4, 8)[:, ::2],
         'expanded': lambda: t[:1].expand(4, 4), 'class': lambda: t.as_subclass(Other), 'shared': lambda: other,
         'negative': lambda: torch.randn(16, dtype=torch.complex64).conj().imag.as_strided((4, 4), (4, 1)),
-        'overlap': lambda: other.view(-1).as_strided((4, 4), (4, 1)), 'sparse': lambda: t.to_sparse(), 'meta': lambda: t.to('meta'),
+        'overlap': lambda: other.view(-1).as_strided((4, 4), (4, 1)), 'sparse': lambda: t.to_sparse(),
+        'meta': lambda: t.to('meta'),
         'empty storage': emptied, 'shrunk storage': shrunk, 'none': lambda: None, 'number': lambda: 3.,
         'not aligned': lambda: torch.frombuffer(bytearray(65), dtype=torch.float32, offset=1).view(4, 4)}[harm]()
     ts[k][j] = bad
@@ -257,14 +260,16 @@ def test_dense_layouts_are_ordinary():
     if not multi_tensor.exchange_api: pytest.skip('this PyTorch has no exchange API')
     for shape in ((2, 3, 4, 5), (1, 3, 1, 2), (5, 1), (1,)):
         order = random.sample(range(len(shape)), len(shape))
-        ts = [[torch.randn([shape[i] for i in order]).permute([order.index(i) for i in range(len(shape))])] for _ in range(4)]
+        back = [order.index(i) for i in range(len(shape))]
+        ts = [[torch.randn([shape[i] for i in order]).permute(back)] for _ in range(4)]
         assert ts[0][0].shape == shape and multi_tensor.ordinary_rows(*ts)
 
 @built
 def test_step_takes_nothing_else():
     "As the function of the C module is called, with arguments that are no good"
     rows = kernel_rows(*[[torch.ones(3)] for _ in range(4)])
-    for bad in ((), (rows.bytes,), (rows.bytes, (), {}), (rows.bytes, [{}], [], 0, 1, *[1.]*9), (3, [], {}, 0, 1, *[1.]*9)):
+    numbers = 0, 1, *[1.]*9
+    for bad in ((), (rows.bytes,), (rows.bytes, (), {}), (rows.bytes, [{}], [], *numbers), (3, [], {}, *numbers)):
         with pytest.raises(TypeError): _kernel.step(*bad)
     for bad in ((), (None, [], [], []), (object(), [1]*4, [0]*4, [0]*4)):
         try: assert _kernel.rows(*bad) is None
