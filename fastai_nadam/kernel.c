@@ -163,8 +163,8 @@ static int alike(const Tensor *t, const Tensor *u) {
     return 1;
 }
 
-/* Rows of parameters, gradients and averages, which come in one list after another, as bytes. None if a tensor is out of
-   the ordinary: not like the other three of its row, with gaps, of another dtype or device than the first, or not
+/* Rows of parameters, gradients and averages, which come in one list after another, as bytes. None if a tensor is out
+   of the ordinary: not like the other three of its row, with gaps, of another dtype or device than the first, or not
    inside its storage, of which we get address and size. */
 static PyObject *rows(PyObject *module, PyObject *args) {
     PyObject *capsule, *tensors, *starts, *sizes, *res;

@@ -546,8 +546,8 @@ def under(mode):
         with mode(): f()
     return call
 
-modes = dict(fake=under(FakeTensorMode), meta=under(lambda: torch.device('meta')), inference=under(torch.inference_mode),
-    vmap=in_vmap)
+modes = dict(fake=under(FakeTensorMode), meta=under(lambda: torch.device('meta')),
+    inference=under(torch.inference_mode), vmap=in_vmap)
 
 @pytest.mark.parametrize('mode', modes)
 @pytest.mark.parametrize('impl', [dict(), KernelOff()], ids=['default', 'kernel off'])
