@@ -19,8 +19,10 @@ from torch.autograd.graph import increment_version
 from fastcore.basics import noop
 
 # %% ../nbs/02_multi_tensor.ipynb #23ec
-try: from fastai_nadam import _kernel # after torch, whose threads it shares
-except ImportError: _kernel = None # it was not built
+try:
+    from fastai_nadam import _kernel # after torch, whose threads it shares
+    _kernel.rows
+except (ImportError, AttributeError): _kernel = None # it was not built, or from older source
 
 def _is_on(v):
     "Does this value of the environment variable `FASTAI_NADAM_KERNEL` leave the kernel on?"
