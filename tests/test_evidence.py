@@ -203,3 +203,35 @@ def test_adams_own_point_is_judged_by_the_seed_that_did_not_choose_it(summary):
                     there = d[(d.seed == 1-s) & (d[summary.point].agg(tuple, axis=1) == point)].set_index('opt').test
                     by_hand.setdefault(task, []).append(100*(there[summary.nadam] - there[summary.adam]))
         assert got.to_dict() == pytest.approx({k: np.mean(v) for k,v in by_hand.items()})
+
+@pytest.fixture
+def asked(summary, monkeypatch):
+    "Puts answers of PROTOCOL.md's questions in place of the stored ones: name -> interval and verdict"
+    def put(rows):
+        df = pd.DataFrame({k: dict(mean=(low+high)/2, low=low, high=high, better=3, k=6, verdict=v)
+            for k,(low, high, v) in rows.items()}).T
+        monkeypatch.setattr(summary, 'users_answers', lambda: df)
+        summary.answers.cache_clear()
+    yield put
+    monkeypatch.undo()
+    summary.answers.cache_clear()
+
+def test_a_question_that_has_not_been_run_is_not_answered(summary, asked):
+    asked({})
+    assert 'only swap' not in summary.in_short() + summary.in_a_line()
+    assert 'fine-tun' not in (summary.in_short() + summary.which_one() + summary.in_a_line()).lower()
+    assert summary.answers().index[0][0] == 'Best of 5 settings'
+
+@pytest.mark.parametrize('verdict,take', [('take it', '`NAdam`'), ('take it, but it is worth less than 2 %', '`NAdam`'),
+    ('leave it', '`NAdam(nesterov=False)`'), ('either', '`NAdam(nesterov=False)`'),
+    ('not shown', '`NAdam(nesterov=False)`')])
+def test_the_front_page_decides_by_the_verdict(summary, asked, verdict, take):
+    rng = np.random.default_rng()
+    rows = {(summary.swap, 'long runs'): (*np.sort(rng.normal(0, 3, 2)), 'not shown'),
+        (summary.fine_tune, 'the defaults'): (*np.sort(rng.normal(0, 3, 2)), verdict)}
+    asked(rows)
+    line = next(o for o in summary.which_one().splitlines() if 'pretrained' in o)
+    assert line.split(' | ')[1] == take
+    text = summary.in_short()
+    assert all(summary.percent(p) in text for _,p in summary.users_answers().iterrows())
+    assert summary.outcomes[verdict] in text and 'if you fine-tune' in summary.in_a_line().lower()

@@ -1,7 +1,7 @@
 """What the pages say of the evidence: effects pooled over tasks, in words, in tables and in pictures"""
 from functools import cache
 
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt, user
 from analysis import *
 from pooling import coverage, estimators, plain_mean
 
@@ -122,6 +122,19 @@ def share(x): return f'{100*x:.0f} %'
 def lower(p): return f'{p.better:.0f} of {p.k:.0f}'
 def plus_minus(r): return f'{num(r["diff"])} ± {half_width(r):.1f}'
 
+swap, fine_tune = 'Only swap opt_func', 'Fine-tune'
+asked_by_users = dict(swap_middle=(swap, 'medium-length runs'), swap_long=(swap, 'long runs'),
+    swap_middle_adam=(f"{swap}, Adam's rate", 'medium-length runs'),
+    swap_long_adam=(f"{swap}, Adam's rate", 'long runs'),
+    finetune=(fine_tune, 'the defaults'), finetune_tuned=(fine_tune, 'best of 10 settings'))
+
+@cache
+def users_answers():
+    "What PROTOCOL.md asks: NAdam's test loss compared with that of fastai's Adam, with the verdict; what has been run"
+    rows = user.answers()
+    return pd.DataFrame({name: rows.loc[q] for folder,name in asked_by_users.items()
+        for q,(f,*_) in user.questions.items() if f == folder and q in rows.index}).T
+
 @cache
 def answers():
     "NAdam's test loss compared with Adam's: a row for each question and length of training, pooled over tasks"
@@ -129,7 +142,22 @@ def answers():
     asked |= {('Best of 32, trained again', f'{words[k]} runs'): mean_of_searches(k) for k in ('short', 'middle')}
     asked['Best of 16, trained again', 'long runs'] = mean_of_searches('long')
     asked |= {('Recipe tuned for Adam', f'{words[k]} runs'): at_adams_point(k) for k in ('short', 'middle')}
-    return pd.DataFrame({k: plain_mean(e) for k,e in asked.items()}).T
+    searches = pd.DataFrame({k: plain_mean(e) for k,e in asked.items()}).T
+    users = users_answers()
+    return pd.concat([users.reindex(columns=searches.columns), searches]) if len(users) else searches
+
+outcomes = {
+    'take it': 'NAdam ends lower', 'take it, but it is worth less than 2 %': 'NAdam ends lower, by less than 2 %',
+    'leave it': 'NAdam ends higher', 'leave it, but it costs less than 2 %': 'NAdam ends higher, by less than 2 %',
+    'either': 'there is no difference that matters', 'not shown': 'no difference is shown'}
+
+def users_answer(question):
+    "Verdict and figures of a question of PROTOCOL.md as a phrase, by its first row; None if it has not been run"
+    if question not in users_answers().index: return None
+    rows = users_answers().loc[question]
+    prep = 'with' if question == fine_tune else 'in'
+    said = ', and '.join(f'{percent(p)} {prep} {what}' for what,p in rows.iterrows())
+    return f'{outcomes[rows.verdict.iloc[0]]}, {said} ({rows.k.iloc[0]:.0f} tasks)'
 
 def answer(question):
     "The rows of a question as a phrase"
@@ -138,15 +166,24 @@ def answer(question):
 def in_a_line():
     "The answer for whoever reads no further"
     few = ' and '.join(f"{num(p['mean'])} % in {runs}" for runs,p in answers().loc['Best of 5 settings'].iterrows())
-    return (f"Where little is tuned. On small tasks, with the best of 5 settings for each, its test loss differs from "
-        f"Adam's by {few}, on average. In long runs, and in a recipe that is tuned for Adam, nothing is shown.")
+    asked = {q: outcomes[r.verdict.iloc[0]] for q,r in users_answers().groupby(level=0)}
+    cases = (swap, 'If you only swap `opt_func`, '), (fine_tune, 'If you fine-tune, ')
+    said = ' '.join(f'{what}{asked[q]}.' for q,what in cases if q in asked)
+    return (f"{said} With the best of 5 settings for each its test loss differs from Adam's by {few}, on average over "
+        "small tasks. In long runs, and in a recipe that is tuned for Adam, nothing is shown.")
 
 def in_short(
     page:str='' # Where the rule is, as a link
 ):
     "The answers in words, the user's questions first"
     off, good = (plain_mean(tuning_gain(5, o)) for o in (1, 0))
+    asked = {
+        '**You only swap `opt_func`**, and take the learning rate that `lr_find` suggests': users_answer(swap),
+        'The same, with the rate that it suggests for Adam': users_answer(f"{swap}, Adam's rate"),
+        '**You fine-tune** a pretrained network': users_answer(fine_tune)}
+    user_lines = '\n'.join(f'- {k}: {v}.' for k,v in asked.items() if v)
     return f"""
+{user_lines}
 - **You train from scratch and try a few settings:** NAdam ends lower. With the best of 5 settings of learning rate,
   momentum and weight decay for each, its test loss differs from Adam's by {answer('Best of 5 settings')}.
 - **You tune a lot:** the more settings are tried, the less is left: {answer('Best of 32 settings')}. Trained again with
@@ -163,7 +200,10 @@ def in_short(
 
 def which_one():
     "What to take, a line for each case"
-    rows = [('a model to train from scratch, and little time to tune', '`NAdam`',
+    tuned = users_answer(fine_tune)
+    pretrained = ('a pretrained model to fine-tune',
+        '`NAdam`' if tuned and 'lower' in tuned else '`NAdam(nesterov=False)`', tuned)
+    rows = [*[pretrained]*bool(tuned), ('a model to train from scratch, and time to try a few settings', '`NAdam`',
             f"its loss is lower: {answer('Best of 5 settings')}"),
         ('a recipe that is tuned for Adam', '`NAdam(nesterov=False)`',
             f"it is Adam, only faster; looking ahead gains nothing that shows: {answer('Recipe tuned for Adam')}"),
@@ -204,6 +244,16 @@ def at_a_glance():
 
 # In pictures
 
+def users_table():
+    "The questions of PROTOCOL.md, with their verdicts"
+    rows = {}
+    for q,r in user.answers().iterrows():
+        e = user.effects(*user.questions[q][:2])
+        rows[q] = {'NAdam − Adam': percent(r), '90 % interval': f'{num(r.low90)} to {num(r.high90)}',
+            'p, after Holm': f'{r.p_holm:.2f}', 'lower on': lower(r), 'seeds': f'{e.n.min():.0f}',
+            'which': 'primary' if r.primary else 'secondary', 'verdict': r.verdict}
+    return pd.DataFrame(rows).T
+
 def plot_answers():
     "The answers with their 95 % intervals; full where 0 is outside"
     rows = answers()
@@ -221,29 +271,43 @@ def plot_answers():
     ax.set(ylim=(len(rows) - .5, -.5),
         xlabel="← NAdam is better        NAdam's test loss − Adam's (%), mean over tasks        Adam is better →")
 
+def draw_tasks(ax, e, xlim, searches=()):
+    "Effects on tasks with their intervals, an arrow where one goes on, and their mean; `searches` beside them"
+    ax.axvline(0, color='0.6', lw=1)
+    for y,r in enumerate(e.itertuples()):
+        half = half_width(e.loc[r.Index])
+        low, high = r.diff - half, r.diff + half
+        ax.plot(np.clip([low, high], *xlim), [y, y], color='k', lw=1.3)
+        if low < xlim[0]: ax.plot(xlim[0], y, '<', color='k', ms=5, clip_on=False)
+        if high > xlim[1]: ax.plot(xlim[1], y, '>', color='k', ms=5, clip_on=False)
+        ax.plot(np.clip(r.diff, *xlim), y, 'o', color='k', ms=5)
+    for o in searches: ax.plot(o['diff'].clip(*xlim), np.arange(len(o)) + .28, 'o', color='0.6', ms=3, clip_on=False)
+    p, y = plain_mean(e), len(e) + .3
+    half = [[p['mean'] - p.low], [p.high - p['mean']]]
+    ax.errorbar(p['mean'], y, xerr=half, fmt='D', color='C0', ms=7, capsize=4)
+    ax.set_yticks([*range(len(e)), y], [*e.index, 'all tasks'])
+    ax.set(xlim=xlim, ylim=(y + .7, -.7))
+
 def plot_tasks(xlim=(-16, 13)):
-    "The effect on each task with its interval (grey: single searches), and the mean over tasks"
+    "The effect on each task (grey: single searches), and the mean over tasks"
     fig, axs = plt.subplots(1, 3, figsize=(9.5, 3.4), layout='constrained', sharey=True)
-    y_all = len(names) + .3
     for ax,k in zip(axs, words):
-        e, p = mean_of_searches(k), plain_mean(mean_of_searches(k))
-        ax.axvline(0, color='0.6', lw=1)
-        for y,(task,r) in enumerate(e.iterrows()):
-            low, high = r['diff'] - half_width(r), r['diff'] + half_width(r)
-            ax.plot(np.clip([low, high], *xlim), [y, y], color='k', lw=1.3)
-            for x,edge,mark in ((low, xlim[0], '<'), (high, xlim[1], '>')): # further than the axis
-                if not xlim[0] <= x <= xlim[1]: ax.plot(edge, y, mark, color='k', ms=5, clip_on=False)
-            ax.plot(np.clip(r['diff'], *xlim), y, 'o', color='k', ms=5)
-        for o in searched(k) if len(searched(k)) > 1 else []:
-            ax.plot(o['diff'].clip(*xlim), np.arange(len(o)) + .28, 'o', color='0.6', ms=3, clip_on=False)
-        half = [[p['mean'] - p.low], [p.high - p['mean']]]
-        ax.errorbar(p['mean'], y_all, xerr=half, fmt='D', color='C0', ms=7, capsize=4)
-        ax.set_yticks([*range(len(names)), y_all], [*e.index, 'all tasks'])
-        n = len(searched(k))
-        ax.set_title(f"{words[k]} runs, {['one search', 'four searches'][n > 1]}", fontsize='medium')
-        ax.set_xlim(*xlim)
-    axs[0].invert_yaxis()
+        es = searched(k)
+        draw_tasks(ax, mean_of_searches(k), xlim, es if len(es) > 1 else ())
+        ax.set_title(f"{words[k]} runs, {'four searches' if len(es) > 1 else 'one search'}", fontsize='medium')
     fig.supxlabel("NAdam's test loss − exact Adam's (%)", fontsize='medium')
+
+def plot_users(xlim=(-20, 20)):
+    "The effect on each task in the questions of PROTOCOL.md"
+    done = {q: user.effects(f, t) for q,(f,t,_) in user.questions.items()}
+    done = {q: e for q,e in done.items() if len(e) > 1}
+    n_rows = (len(done) + 1)//2
+    fig, axs = plt.subplots(n_rows, 2, figsize=(9.5, 3.7*n_rows), layout='constrained', squeeze=False)
+    for ax,(q,e) in zip(axs.flat, done.items()):
+        draw_tasks(ax, e, xlim)
+        ax.set_title(q, fontsize='medium')
+    for ax in axs.flat[len(done):]: ax.set_visible(False)
+    fig.supxlabel("NAdam's test loss − that of fastai's Adam (%)", fontsize='medium')
 
 def plot_trials(ns=(1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128)):
     "The mean effect, by the number of settings that each optimizer may try"
