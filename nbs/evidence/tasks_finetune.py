@@ -142,14 +142,15 @@ def as_numbers(docs, vocab):
 def check_texts(docs, sha):
     "Raises a `ValueError` if another Python has other texts"
     got = hashlib.sha256(repr([o.tolist() for o in docs]).encode()).hexdigest()[:len(sha)]
-    if got != sha: raise ValueError(f"the texts have the SHA-256 {got}…, those of the stored results {sha}… (Python 3.11.7)")
+    if got != sha: raise ValueError(f"the texts have the SHA-256 {got}…, the stored results had {sha}… (Python 3.11.7)")
 
 lstm = {**awd_lstm_lm_config, 'emb_sz': 96, 'n_hid': 160, 'n_layers': 2}
 
 def lm_learner(train, tune, test, vocab, opt_func, bs):
     "A language model of documents"
     def dl(docs, **kwargs):
-        return LMDataLoader(L((o,) for o in docs), L(map(len, docs)), bs=bs, seq_len=36, device=default_device(), **kwargs)
+        docs, lens, device = L((o,) for o in docs), L(map(len, docs)), default_device()
+        return LMDataLoader(docs, lens, bs=bs, seq_len=36, device=device, **kwargs)
     dls = DataLoaders(dl(train, shuffle=True), dl(tune), dl(test))
     dls.vocab = vocab
     return language_model_learner(dls, AWD_LSTM, config=lstm, drop_mult=0.3, pretrained=False, opt_func=opt_func,

@@ -5,7 +5,8 @@ from fastai_nadam.tools.results import Comparison, confidence_interval, holm
 from pooling import plain_mean
 
 here = Path(__file__).parent
-scratch = 'digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo houses code_conv digits_vit'.split()
+scratch = '''digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo
+    houses code_conv digits_vit'''.split()
 tuned = 'emoji mnist digits diamonds prose_lm docstring'.split()
 # What was compared: its folder, its tasks, is it primary? In the order of the runs
 questions = {
@@ -31,8 +32,8 @@ def effects(
     tasks:list, # Which tasks; one that has not been run is left out
     opt:str='NAdam', # Optimizer
     base:str='Adam' # Baseline
-) -> pd.DataFrame: # Index task; `diff`, `half` of its 95 % interval over seeds, `se`, `n` seeds, in per cent of the loss
-    "Difference in test loss on the same seeds; below 0 `opt` is better"
+) -> pd.DataFrame: # Index task; `diff`, `half` of its 95 % interval over seeds, `se`, `n` seeds
+    "Difference in test loss on the same seeds, in per cent of it; below 0 `opt` is better"
     rows = {}
     for t,c in comparisons(folder, tasks).items():
         d = (log_loss(c, opt) - log_loss(c, base)).dropna()
@@ -48,7 +49,7 @@ def verdict(r, margin=2):
     return 'either' if within else 'not shown'
 
 def answers(opt='NAdam', base='Adam') -> pd.DataFrame: # A row for each comparison
-    "Means over tasks in per cent of the loss, with 95 % and 90 % intervals; p is corrected by Holm, primary and others apart"
+    "Means over tasks in per cent of the loss, with 95 % and 90 % intervals; Holm corrects primary ones and others apart"
     rows = {}
     for k,(folder,tasks,primary) in questions.items():
         if len(e := effects(folder, tasks, opt, base)) < 2: continue
@@ -88,8 +89,9 @@ def said(r): return f"{num(r['mean'])} % ({num(r.low)} to {num(r.high)})"
 
 def seconds(folder, tasks, opt='NAdam', base='Adam'):
     "Processor time of a run as a part of that of the baseline's run with the same seed: the median of each task"
-    times = {t: c.runs.pivot(index='seed', columns='opt', values='seconds') for t,c in comparisons(folder, tasks).items()}
-    return pd.Series({t: (d[opt]/d[base]).median() for t,d in times.items()})
+    def ratio(d): return (d[opt]/d[base]).median()
+    return pd.Series({t: ratio(c.runs.pivot(index='seed', columns='opt', values='seconds'))
+        for t,c in comparisons(folder, tasks).items()})
 
 meaning = {'take it': 'a gain is shown', 'take it, but it is worth less than 2 %': 'a gain is shown, of less than 2 %',
     'leave it': 'it is worse', 'leave it, but it costs less than 2 %': 'it is worse, by less than 2 %',
@@ -102,13 +104,14 @@ def finetune_in_short():
     exact = plain_mean(effects('finetune', tuned, 'NAdam(nesterov=False)'))
     time = seconds('finetune', tuned)
     more = f" With the best of 10 settings for each, the difference is {said(df.loc[name])}." if name in df.index else ''
-    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on {first.k:.0f} small tasks, the test loss with `NAdam`
-differs from that with fastai's `Adam` by {said(first)}: the mean over tasks, with its 95 % interval. It is lower on
-{first.better:.0f} of them. In the words of the protocol this is "{first.verdict}": {meaning[first.verdict]}. `NAdam(nesterov=False)`,
-which is `Adam` with exact bias correction, differs from it by {said(exact)} (exploratory).{more}
+    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on {first.k:.0f} small tasks, the test loss with
+`NAdam` differs from that with fastai's `Adam` by {said(first)}: the mean over tasks, with its 95 % interval. It is
+lower on {first.better:.0f} of them. In the words of the protocol this is "{first.verdict}": {meaning[first.verdict]}.
+`NAdam(nesterov=False)`, which is `Adam` with exact bias correction, differs from it by {said(exact)}
+(exploratory).{more}
 
-What does not depend on the task: a run takes {100*(1-time.max()):.0f} to {100*(1-time.min()):.0f} % less processor time than with
-fastai's `Adam`, and frozen weights [stay where they are](#frozen-weights-that-stay)."""
+What does not depend on the task: a run takes {100*(1-time.max()):.0f} to {100*(1-time.min()):.0f} % less processor time
+than with fastai's `Adam`, and frozen weights [stay where they are](#frozen-weights-that-stay)."""
 
 def plot_finetune():
     "NAdam − Adam in fine-tuning, task by task"
