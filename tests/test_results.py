@@ -347,7 +347,7 @@ def test_the_log_of_a_metric_below_0_is_refused(rng):
 def test_the_effect_of_all_trials_is_that_of_the_best_points(sign, rng):
     c = Comparison(invent(dict(NAdam=.02, Adam=0), rng, sign=sign), 'f1_score' if sign > 0 else 'loss')
     a, b = (c.points(o) for o in ('NAdam', 'Adam'))
-    best = [o.judge.loc[(o.choose*sign).idxmax()] for o in (a, b)]
+    best = [o.judge.iloc[(o.choose*sign).to_numpy().argmax()] for o in (a, b)]
     assert c.trials_effect(len(a), 'NAdam')['diff'] == pytest.approx(best[0] - best[1])
     assert c.trials_effect(1, 'NAdam')['diff'] == pytest.approx(a.judge.mean() - b.judge.mean())
 
