@@ -118,6 +118,7 @@ def met(estimator=beforehand):
 def num(x, digits=1): return f'{x:+.{digits}f}'.replace('-', '−')
 def interval(p, digits=1): return f'{num(p.low, digits)} to {num(p.high, digits)}'
 def percent(p, digits=1): return f"{num(p['mean'], digits)} % ({interval(p, digits)})"
+def figures(p): return percent(p, 2).replace(' %', '') # for a table whose header has the unit
 def share(x): return f'{100*x:.0f} %'
 def lower(p): return f'{p.better:.0f} of {p.k:.0f}'
 def plus_minus(r): return f'{num(r["diff"])} ± {half_width(r):.1f}'
@@ -177,6 +178,7 @@ def in_short(
 ):
     "The answers in words, the user's questions first"
     off, good = (plain_mean(tuning_gain(5, o)) for o in (1, 0))
+    own = [percent(plain_mean(best_of(k, 5, own_ranges))) for k in ('short', 'middle')]
     asked = {
         '**You only swap `opt_func`**, and take the learning rate that `lr_find` suggests': users_answer(swap),
         'The same, with the rate that it suggests for Adam': users_answer(f"{swap}, Adam's rate"),
@@ -185,7 +187,8 @@ def in_short(
     return f"""
 {user_lines}
 - **You train from scratch and try a few settings:** NAdam ends lower. With the best of 5 settings of learning rate,
-  momentum and weight decay for each, its test loss differs from Adam's by {answer('Best of 5 settings')}.
+  momentum and weight decay for each, its test loss differs from Adam's by {answer('Best of 5 settings')}. If each
+  may search the momenta that suit it, about half of that is left, and not shown any more: {own[0]} and {own[1]}.
 - **You tune a lot:** the more settings are tried, the less is left: {answer('Best of 32 settings')}. Trained again with
   new seeds, the winners of 32 settings differ by {answer('Best of 32, trained again')}. By
   [the rule that was set beforehand]({page}#the-rule-that-was-set-beforehand) this is
@@ -200,18 +203,19 @@ def in_short(
 
 def which_one():
     "What to take, a line for each case"
-    tuned = users_answer(fine_tune)
-    pretrained = ('a pretrained model to fine-tune',
-        '`NAdam`' if tuned and 'lower' in tuned else '`NAdam(nesterov=False)`', tuned)
-    rows = [*[pretrained]*bool(tuned), ('a model to train from scratch, and time to try a few settings', '`NAdam`',
-            f"its loss is lower: {answer('Best of 5 settings')}"),
+    def asked(case, question):
+        said = users_answer(question)
+        return [(case, '`NAdam`' if 'lower' in said else '`NAdam(nesterov=False)`', said)] if said else []
+    rows = [*asked('a pretrained model to fine-tune', fine_tune),
+        *asked('a model to train from scratch, and nothing is tuned', swap),
+        ('a model to train from scratch, and a few settings are tried', '`NAdam`',
+            f"its loss is lower, {answer('Best of 5 settings')}"),
         ('a recipe that is tuned for Adam', '`NAdam(nesterov=False)`',
-            f"it is Adam, only faster; looking ahead gains nothing that shows: {answer('Recipe tuned for Adam')}"),
-        ('a long run', '`NAdam(nesterov=False)`',
-            f"nothing is shown for looking ahead: {answer('Best of 16, trained again')}"),
+            f"looking ahead gains nothing that shows, {answer('Recipe tuned for Adam')}"),
+        ('a long run', '`NAdam(nesterov=False)`', f"no difference is shown, {answer('Best of 16, trained again')}"),
         ('a recipe from another framework', '[the same NAdam as there](tutorial.which_nadam.ipynb)',
             '`NAdam` takes the steps of AlgoPerf and timm, `DozatNAdam` those of PyTorch, Keras and optax')]
-    return '\n'.join(['| you have | take | for |', '|---|---|---|', *(f"| {' | '.join(o)} |" for o in rows)])
+    return '\n'.join(['| you have | take | because |', '|---|---|---|', *(f"| {' | '.join(o)} |" for o in rows)])
 
 def at_a_glance():
     "How it was measured, for an expert"
