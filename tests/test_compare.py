@@ -1,5 +1,5 @@
 "Runs of a comparison are fair, survive an interruption, extend, and refuse what cannot be compared"
-import itertools, math, multiprocessing, os, random, re, signal, sys, time
+import itertools, json, math, multiprocessing, os, random, re, signal, sys, time
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from torch import nn
 import fastai.callback.schedule # gives Learner its fit_one_cycle
 
 from fastai_nadam import NAdam
-from fastai_nadam.tools import compare as compare_module
-from fastai_nadam.tools.compare import compare_opts, cycle_moms, main, search_opts, search_points
+from fastai_nadam.tools import runs as runs_module
+from fastai_nadam.tools.compare import compare_opts, main, search_opts, search_points
 from fastai_nadam.tools.results import Comparison
+from fastai_nadam.tools.runs import cycle_moms
 from fastai_nadam.tools.tasks import tensor_dls
 
 def name(o): return re.sub(" at 0x[0-9a-f]+", "", str(o)) # the same in each process, or pytest -n 2 stops
@@ -49,11 +50,10 @@ def same(a, b): return a.drop(columns=['task', 'seconds']).equals(b.drop(columns
 
 def test_table(tmp_path):
     df = compare(out=tmp_path)
-    assert list(df) == ['task', *run_cols, 'epoch', 'train_loss', 'valid_loss', 'metric', 'test_loss', 'test_metric',
+    assert list(df) == ['task', *run_cols, 'train_loss', 'valid_loss', 'metric', 'test_loss', 'test_metric',
         'seconds', 'diverged']
-    assert len(df) == 3*2*3*2 and set(df.task) == {'tiny'}
+    assert len(df) == 3*2*3 and set(df.task) == {'tiny'}
     assert list(df.opt.unique()) == ['NAdam', 'NAdam(nesterov=False)', 'Adam']
-    assert (df.groupby(['opt', 'lr', 'seed']).epoch.apply(tuple) == (1, 2)).all()
     assert (df.seconds > 0).all() and not df.diverged.any()
     assert (df.metric == df.valid_loss).all() and df.metric.nunique() == len(df)
     assert df[['mom', 'wd', 'test_loss', 'test_metric']].isna().all(axis=None)
@@ -76,16 +76,15 @@ def test_a_run_is_what_fastai_does_by_itself():
     mom, wd = random.uniform(.7, .99), random.uniform(0, 1)
     df = compare(partial(tiny, test=True), opts=['Adam'], lrs=[1e-2], seeds=[7], momenta=[mom], wds=[wd], metric='mse')
     rows, test = by_hand(7, 2, 1e-2, moms=(mom, 3*mom-2, mom), wd=wd)
-    assert np.allclose(df[['train_loss', 'valid_loss', 'metric']], rows, rtol=1e-5)
-    assert df.test_loss.isna().tolist() == [True, False]
-    assert np.allclose(df[['test_loss', 'test_metric']].iloc[-1], test, rtol=1e-5)
-    assert df.mom.tolist() == [mom]*2 and df.wd.tolist() == [wd]*2
+    assert np.allclose(df[['train_loss', 'valid_loss', 'metric']], rows[-1:], rtol=1e-5)
+    assert np.allclose(df[['test_loss', 'test_metric']], test, rtol=1e-5)
+    assert df.mom.tolist() == [mom] and df.wd.tolist() == [wd]
 
 @pytest.mark.parametrize('moms, full', [(None, None), ((.9, .7, .8), (.9, .7, .8)), (.6, (.6,)*3)])
 def test_moms_are_those_of_fastai(moms, full, tmp_path):
     kw = dict(make_learner=partial(tiny, test=True), opts=['Adam'], lrs=[1e-2], seeds=[3], task='t', out=tmp_path)
     df = compare(**kw, moms=moms)
-    assert np.allclose(df[['train_loss', 'valid_loss']], [r[:2] for r in by_hand(3, 2, 1e-2, moms=full)[0]], rtol=1e-5)
+    assert np.allclose(df[['train_loss', 'valid_loss']], [r[:2] for r in by_hand(3, 2, 1e-2, moms=full)[0][-1:]], rtol=1e-5)
     with pytest.raises(ValueError, match='another comparison, with moms'): compare(**kw, moms=.5)
 
 def test_the_default_momentum_is_a_point_of_the_shape(): assert cycle_moms(.95) == (.95, .85, .95)
@@ -114,7 +113,7 @@ def test_workers_give_what_one_process_gives(tmp_path):
     def local(opt_func): return tiny(opt_func)
     assert same(compare(local if sys.platform == 'linux' else tiny, n_workers=2, out=tmp_path), serial)
     df = Comparison.load(tmp_path).results
-    in_another_order = df.sample(frac=1).sort_values(['seed', 'lr', 'opt', 'epoch'])
+    in_another_order = df.sample(frac=1).sort_values(['seed', 'lr', 'opt'])
     in_another_order.to_csv(tmp_path/'results.csv', index=False)
     assert Comparison.load(tmp_path).results.equals(df)
 
@@ -128,11 +127,11 @@ def loads(opt_func): return Learner(loaded(), nn.Linear(4, 1), MSELossFlat(), op
 
 @pytest.mark.parametrize('method', ['fork', 'spawn'])
 def test_data_that_is_loaded_once_does_not_change_the_weights(method, monkeypatch):
-    monkeypatch.setattr(compare_module, 'get_context', lambda _: multiprocessing.get_context(method))
+    monkeypatch.setattr(runs_module, 'get_context', lambda _: multiprocessing.get_context(method))
     loaded.cache_clear()
     serial = compare(loads)
     loaded.cache_clear()
-    assert same(compare(loads, n_workers=2), serial) and serial.groupby(['opt', 'seed', 'lr']).size().eq(2).all()
+    assert same(compare(loads, n_workers=2), serial) and len(serial) == 3*2*3
 
 # Interrupted, killed, extended, damaged
 
@@ -147,13 +146,13 @@ def test_an_interrupted_comparison_goes_on(tmp_path):
     whole = compare()
     with pytest.raises(KeyboardInterrupt): compare(partial(tiny, cbs=Stop(12*10 + 3)), task='tiny', out=tmp_path)
     partly = Comparison.load(tmp_path).results
-    assert 0 < len(partly) < len(whole) and len(partly) % 2 == 0
+    assert 0 < len(partly) < len(whole)
     calls = []
     def make(opt_func):
         calls.append(1)
         return tiny(opt_func)
     assert same(compare(make, task='tiny', out=tmp_path), whole)
-    assert len(calls) == (len(whole)-len(partly))//2 + 5 # and five to check
+    assert len(calls) == len(whole) - len(partly) + 5 # and five to check
     before = (tmp_path/'results.csv').read_bytes()
     assert same(compare(out=tmp_path), whole) and (tmp_path/'results.csv').read_bytes() == before
 
@@ -168,27 +167,64 @@ def test_a_comparison_is_extended(tmp_path):
     df = compare(**more, out=tmp_path)
     after = (tmp_path/'results.csv').read_text()
     assert set(before.splitlines()) < set(after.splitlines())
-    assert len(df) == 3*2*3*2 + 2*4*2*2
+    assert len(df) == 3*2*3 + 2*4*2
     assert same(df[df.mom.notna() & (df.opt == 'Adam')].reset_index(drop=True), compare(**{**more, 'opts': ['Adam']}))
 
 def test_a_run_that_was_cut_off_is_made_again(tmp_path):
     whole = compare(out=tmp_path)
     text = (tmp_path/'results.csv').read_text()
-    for cut in (random.randrange(1, len(text.splitlines()[-1])), len(text.splitlines()[-1]) + 1 + random.randrange(2)):
+    for cut in (1, random.randrange(2, len(text.splitlines()[-1])), len(text.splitlines()[-1])):
         (tmp_path/'results.csv').write_text(text[:-cut])
-        assert len(Comparison.load(tmp_path).results) == len(whole) - 2
+        assert len(Comparison.load(tmp_path).results) == len(whole) - 1
         assert same(compare(out=tmp_path), whole)
 
 @pytest.mark.parametrize('line, old, new', [(5, ',', ';'), (8, '$', ',1'), (7, 'False', 'no'), (4, ',0.1,', ',x,'),
-    (6, 'Adam', 'adam'), (5, ',2,', ',1,'), (9, '.+', ''), (1, '.+', 'opt,lr')])
+    (6, 'Adam', 'adam'), (9, '.+', ''), (1, '.+', 'opt,lr'), (6, '0.0', '1e'), (4, '^tiny', 'other'), (3, '^', '"'),
+    (8, ',[^,]*,False', ',-1,False'), (7, ',[012],', ',-1,'), (5, '0.1', '10'*400), (6, '$', chr(27)), (9, 'tiny', 'x'*200_000)])
 def test_a_damaged_line_is_named(line, old, new, tmp_path):
     compare(out=tmp_path)
     lines = (tmp_path/'results.csv').read_text().split('\n')
     lines[line-1] = re.sub(old, new, lines[line-1])
     (tmp_path/'results.csv').write_text('\n'.join(lines))
-    named = 2 if line == 1 else line
-    with pytest.raises(ValueError, match=rf"results.csv' is damaged in line {named}: "): compare(out=tmp_path)
-    assert (tmp_path/'results.csv').read_text() == '\n'.join(lines)
+    with pytest.raises(ValueError, match=r"results.csv' is damaged in line (\d+): ") as e: compare(out=tmp_path)
+    named = int(re.search(r'in line (\d+)', str(e.value))[1])
+    assert named >= line if old == '^' else named == line # an open quote goes on to the end
+    assert len(str(e.value)) < 500 and (tmp_path/'results.csv').read_text() == '\n'.join(lines)
+
+@pytest.mark.parametrize('data', [b'\0'*50, b'\xff', b'tiny,\xff\n', b'\0\n'])
+def test_results_that_are_no_text_are_refused(data, tmp_path):
+    compare(out=tmp_path)
+    with open(tmp_path/'results.csv', 'ab') as f: f.write(data)
+    with pytest.raises(ValueError, match=r"results.csv' is no text"): compare(out=tmp_path)
+
+@pytest.mark.parametrize('entry, value', [(None, []), (None, 'x'), (None, None), ('settings', None), ('settings', []),
+    ('versions', 3), ('versions', {'torch': 2}), ('more', 1), ('opts', 'Adam'), ('opts', None), ('opts', [1]),
+    ('task', 3), ('epochs', 0), ('epochs', '2'), ('epochs', 2.), ('metric', None), ('lower_is_better', 'yes'),
+    ('moms', .9), ('moms', [.9, .8]), ('moms', [.9, .8, 1]), ('chance', 'x'), ('chance', math.nan), ('trial_seeds', 'x'),
+    ('trial_seeds', [.5]), ('freeze_epochs', -1), ('lr_find', 1), ('batches', None), ('unknown', 1),
+    ('task', 'x'*10**5), ('task', '\x1b[31m')], ids=name)
+def test_settings_are_checked_whole_before_use(entry, value, tmp_path, capsys):
+    compare(out=tmp_path)
+    file = tmp_path/'settings.json'
+    data = json.loads(file.read_text())
+    if entry is None: data = value
+    elif entry in ('settings', 'versions', 'more'): data[entry] = value
+    else: data['settings'][entry] = value
+    file.write_text(json.dumps(data))
+    for f in (partial(Comparison.load, tmp_path), partial(compare, out=tmp_path)):
+        with pytest.raises(ValueError) as e: f()
+        msg = str(e.value)
+        assert "settings.json' is invalid: " in msg and len(msg) < 500 and '\x1b' not in msg
+        assert not entry or entry in msg
+    assert main(['--task', 'tabular', '--quick', '--out', str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "settings.json' is invalid: " in err and err.count('\n') == 1 and err.startswith('nadam-compare: ')
+
+@pytest.mark.parametrize('text', ['', '{', '['*100_000, '"\\ud800"', '{"settings": 1e999}'])
+def test_settings_that_are_no_json_are_refused(text, tmp_path):
+    compare(out=tmp_path)
+    (tmp_path/'settings.json').write_text(text)
+    with pytest.raises(ValueError, match=r"settings.json' is invalid: "): Comparison.load(tmp_path)
 
 def test_two_comparisons_in_one_folder(tmp_path):
     class Again(Callback):
@@ -208,9 +244,13 @@ never_better = partial(EarlyStoppingCallback, min_delta=1e9, patience=1)
 @pytest.mark.parametrize('cb', [EndEarly, never_better], ids=['own', 'fastai'])
 def test_a_run_that_is_stopped_early_stays_what_it_was(cb):
     df = compare(lambda opt_func: tiny(opt_func, test=True, cbs=cb()), opts=['Adam'], epochs=4)
-    assert not df.diverged.any() and df.groupby('epoch').test_loss.count().to_dict() == {1: 0, 2: 0, 3: 0, 4: 6}
-    by_epoch = df.pivot_table(index=['lr', 'seed'], columns='epoch', values='valid_loss')
-    assert (by_epoch[4] == by_epoch[2]).all() and (df[df.epoch == 4].seconds == 0).all()
+    assert not df.diverged.any() and df[['valid_loss', 'test_loss', 'seconds']].notna().all(axis=None)
+
+def test_a_run_that_is_stopped_in_its_first_epoch_has_a_result_too():
+    class EndAtOnce(Callback):
+        def before_batch(self): raise CancelFitException()
+    df = compare(lambda opt_func: tiny(opt_func, test=True, cbs=EndAtOnce()), opts=['Adam'])
+    assert not df.diverged.any() and df[['valid_loss', 'metric', 'test_loss']].notna().all(axis=None)
 
 def per_class(*args): return np.array([0.5, 0.7])
 
@@ -265,7 +305,7 @@ def test_an_error_of_a_run_is_not_a_result(n_workers, tmp_path):
 def test_a_search_tries_the_same_points_and_judges_on_fresh_seeds(tmp_path):
     kw = dict(opts=['NAdam', 'Adam'], lrs=(1e-3, 1e-1), epochs=2, seeds=3, trials=8, grow=0, task='tiny')
     c = search_opts(partial(tiny, test=True), **kw, out=tmp_path)
-    df = c.results[c.results.epoch == 2]
+    df = c.results
     trials = df[df.seed < 2]
     tried = trials.groupby(['opt', 'seed'])[['lr', 'mom', 'wd']].apply(lambda o: sorted(map(tuple, o.to_numpy())))
     assert len(tried) == 4 and all(o == tried.iloc[0] for o in tried) and len(tried.iloc[0]) == 8
@@ -293,15 +333,17 @@ def test_points_of_a_search():
     lrs = np.log10([p[0] for p in search_points(['lr', 'wd'], (1e-4, 1), 63)])
     assert np.histogram(lrs, 4, (-4, 0))[0].tolist() == [15, 16, 16, 16] # without the corner
     assert search_points(['wd'], [0.3], 1)[0][:2] == (0.3, None)
+    skip = random.randrange(1, 30)
+    assert search_points(['mom', 'lr'], (1e-4, 1), 5, skip) == search_points(['mom', 'lr'], (1e-4, 1), skip + 5)[skip:]
 
 def test_the_grid_grows_where_the_best_is_at_its_edge(tmp_path):
     def slow(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat(), opt_func)
     kw = dict(opts=['Adam', 'NAdam'], epochs=2, seeds=2, out=tmp_path)
     c = compare_opts(slow, lrs=[1e-5, 1e-4], **kw, grow=1)
-    assert sorted(c.results.lr.unique()) == [1e-5, 1e-4, 1e-3] and (c.results.groupby('lr').size() == 8).all()
+    assert sorted(c.results.lr.unique()) == [1e-5, 1e-4, 1e-3] and (c.results.groupby('lr').size() == 4).all()
     assert 'at the edge' in c.verdict()
     c = compare_opts(slow, lrs=[1e-5, 1e-4], **{**kw, 'seeds': 3}, grow=2)
-    assert sorted(c.results.lr.unique()) == [1e-5, 1e-4, 1e-3, 1e-2] and (c.results.groupby('lr').size() == 12).all()
+    assert sorted(c.results.lr.unique()) == [1e-5, 1e-4, 1e-3, 1e-2] and (c.results.groupby('lr').size() == 6).all()
     assert len(compare_opts(slow, lrs=[1e-5, 1e-4], **{**kw, 'seeds': 3}, grow=2).results) == len(c.results)
     c = search_opts(slow, ['Adam'], (1e-5, 1e-4), 1, 1, trials=4, grow=1)
     assert c.best('Adam')[0] > 1e-4 and c.results.lr.max() < 1e-4*10**.25 and sum(c.results.lr > 1e-4) == 2 + 1
@@ -323,7 +365,7 @@ def seeded(seed, make_learner=tuned, opt_func=Adam):
     for dl in learn.dls.loaders: dl.rng = random.Random(seed)
     return learn
 
-def ends(c, opt): return c.results[c.results.opt == opt].groupby('seed').last()
+def ends(c, opt): return c.results[c.results.opt == opt].set_index('seed')
 
 @pytest.mark.parametrize('given, called', [({}, {}), (dict(freeze_epochs=2), dict(freeze_epochs=2)),
     (dict(freeze_epochs=0), dict(freeze_epochs=0)), (dict(lrs=[.05]), dict(base_lr=.05)),
@@ -377,7 +419,7 @@ def test_a_callback_that_ends_the_frozen_phase_leaves_the_other():
         def after_train(self):
             if not first(self.model.parameters()).requires_grad: raise CancelFitException()
     df = fine(partial(tuned, cbs=EndPhase()), opts=['Adam']).results
-    assert not df.diverged.any() and df.groupby('seed').test_loss.last().notna().all()
+    assert not df.diverged.any() and df.test_loss.notna().all()
 
 @pytest.mark.parametrize('kwargs', [{}, dict(fine_tune=True), dict(wds=[.1, .2], momenta=[.9])], ids=name)
 @pytest.mark.parametrize('whose', ['own', 'NAdam', 'Adam'])
@@ -404,7 +446,7 @@ def test_lr_find_gives_the_learning_rate_of_each_seed(whose, kwargs, tmp_path, m
     assert Path('out/results.csv').read_bytes() == before
     s = c.summary()
     assert (s.seeds == 3).all() and math.isnan(c.best('Adam')[0])
-    assert s.lr['Adam'] == pytest.approx(c.judged('Adam').groupby('seed').lr.first().median())
+    assert s.lr['Adam'] == pytest.approx(c.judged('Adam').lr.median())
     assert [*c.table()][0] == 'median lr of lr_find' and ' lr ' not in c.verdict()
     with pytest.raises(ValueError, match=f'another comparison, with lr_find {whose!r}, not None'):
         compare_opts(tuned, **{**kw, 'lr_find': None, 'lrs': [1e-2]}, out='out')
@@ -469,7 +511,12 @@ def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat
     (dict(make_learner=no_learner), 'make_learner must return a Learner'),
     (dict(make_learner=no_valid), 'with validation data'),
     (dict(make_learner=unknown_metric, metric='sometimes'), "lower_is_better must be given for 'sometimes'"),
-    (dict(opts=['NAdam', 'Nadam']), "opts: no optimizer 'Nadam'"),
+    (dict(opts=['NAdam', 'Nadam']), "opts: no optimizer 'Nadam'; did you mean NAdam?"),
+    (dict(opts=['dozatnadam(wd=.1)']), "did you mean DozatNAdam?"),
+    (dict(opts=['-'*3000]), 'opts: no optimizer'),
+    (dict(opts=['NAdam(wd=' + '('*3000]), 'opts: no optimizer'),
+    (dict(opts=['NAdam(wd=' + '-'*90_000 + '1)']), 'opts: no optimizer'),
+    (dict(opts=['\0']), 'opts: no optimizer'),
     (dict(opts=['__import__("os")']), 'opts: no optimizer'),
     (dict(opts=['NAdam(eps=-1)']), 'eps must be'),
     (dict(opts=[]), 'opts must have one value or more'),
@@ -505,7 +552,7 @@ def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat
 def test_what_cannot_be_compared_is_refused(changed, msg, tmp_path):
     out = tmp_path/'out'
     with pytest.raises(ValueError) as e: compare(**{'out': out, **changed})
-    assert msg in str(e.value) and not out.exists()
+    assert msg in str(e.value) and len(str(e.value)) < 500 and not out.exists()
 
 @pytest.mark.parametrize('changed, msg', [
     (dict(search=['lr', 'eps']), 'search must be some of lr, mom, wd'),
@@ -513,6 +560,7 @@ def test_what_cannot_be_compared_is_refused(changed, msg, tmp_path):
     (dict(lrs=[.1]), 'lrs must be the lowest and the highest'),
     (dict(search=['mom'], lrs=(.1, .2)), 'or one if lr is not searched'),
     (dict(trials=0), 'trials must be'),
+    (dict(skip=-1), 'skip must be a whole number from 0'),
     (dict(moms=.9), 'momenta cannot be compared'),
     (dict(opts=['Adam(wd=0)']), 'would not keep its wd')], ids=name)
 def test_what_cannot_be_searched_is_refused(changed, msg):
@@ -612,7 +660,7 @@ def test_a_stopped_command_resumes_where_it_was(tmp_path):
             assert err.count('\n') == 1, err
             assert 'the same command with the same out resumes' in (err + said).lower()
         df = Comparison.load(out).results
-        assert 0 < len(df) < 16*6 and (df.groupby(['opt', 'lr', 'seed']).size() == 6).all()
+        assert 0 < len(df) < 16
         if before is not None: assert len(before.merge(df, on=list(df.columns))) == len(before)
         before = df
 

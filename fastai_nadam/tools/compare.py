@@ -6,18 +6,15 @@
 __all__ = ['compare_opts', 'search_opts']
 
 # %% ../../nbs/16_compare.ipynb #96fda386
-import ast, signal, tempfile, threading, time
-from concurrent import futures
-from contextlib import contextmanager, suppress
-from multiprocessing import current_process, get_context, parent_process
+import ast
 
 from fastai.vision.all import *
 from scipy.stats import qmc
-from ..checks import check_hyper, check_int
-from .cli import cli, has_bars, lock_folder, save_fig
+from ..checks import check_hyper, check_int, shown
+from .cli import cli, did_you_mean, save_fig
 from .results import Comparison, check_margin, find_direction, plain_name, point_cols
-from .results import n_epochs, read_rows, read_settings, write_folder, write_rows
-from .tasks import check_learner, find_task, seed_learner
+from .runs import check_learner, evaluate, open_folder, train_missing
+from .tasks import find_task
 from .train import opt_funcs, parse_moms
 
 # %% ../../nbs/16_compare.ipynb #3c5fa660
@@ -33,13 +30,27 @@ def parse_opt(s):
         e = ast.parse(s.strip(), mode='eval').body
         if not isinstance(e, ast.Call): return opt_funcs[e.id]
         if not e.args: return partial(opt_funcs[e.func.id], **{k.arg: ast.literal_eval(k.value) for k in e.keywords})
-    except (SyntaxError, ValueError, KeyError, AttributeError): pass
-    names = ', '.join(opt_funcs)
-    raise ValueError(f"opts: no optimizer {s!r}; there are {names}, with arguments if you like: NAdam(eps=1e-6)")
+    except (SyntaxError, ValueError, KeyError, AttributeError, RecursionError, MemoryError): pass
+    hint = did_you_mean(s.partition('(')[0].strip(), opt_funcs)
+    raise ValueError(f"opts: no optimizer {shown(s)}{hint}; there are {', '.join(opt_funcs)}, with arguments if you "
+        "like: NAdam(eps=1e-6)")
 
-def bare(f):
-    "An `opt_func` without the arguments that `partial`s give it, but for those that are functions themselves"
-    return partial(f.func, **{k: bare(v) for k,v in f.keywords.items() if callable(v)}) if isinstance(f, partial) else f
+def set_hypers(f):
+    "Hypers that the `partial`s of an `opt_func` set, by fastai's names"
+    if not isinstance(f, partial): return set()
+    inner = [set_hypers(o) for o in (f.func, *f.args, *f.keywords.values())]
+    outer = {dict(momentum='mom', weight_decay='wd').get(k, k) for k in f.keywords}
+    if f.keywords.get('betas', (0.9,))[0] != 0.9: outer.add('mom') # PyTorch's name, and its default
+    return outer.union(*inner)
+
+def check_step(name, f):
+    "Check that an optimizer makes a step. Raises a `ValueError`"
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    try:
+        f([p], lr=0.1).step()
+        if not torch.isfinite(p).all(): raise ValueError(f"its first step leads from 1 to {p[0]:g}")
+    except Exception as e: raise ValueError(f"opts: {name} does not work: {str(e) or repr(e)}") from e
 
 def find_opts(opts, fixed=('lr', 'mom')):
     "Optimizers by name. Raises a `ValueError` if one makes no step, or has an argument in `fixed`"
@@ -48,35 +59,23 @@ def find_opts(opts, fixed=('lr', 'mom')):
     if not res: raise ValueError("opts must have one value or more, got none")
     if len(res) < len(funcs): raise ValueError(f"opts has a value twice: {', '.join(map(opt_name, funcs))}")
     for name,f in res.items():
-        p = nn.Parameter(torch.ones(2))
-        p.grad = torch.ones(2)
-        try:
-            (opt := f([p], lr=0.1)).step()
-            if not torch.isfinite(p).all(): raise ValueError(f"its first step leads from 1 to {p[0]:g}")
-        except Exception as e: raise ValueError(f"opts: {name} does not work: {str(e) or repr(e)}") from e
-        changed = {*getattr(f, 'keywords', ())}
-        with suppress(Exception): # where it is not one of fastai's
-            changed |= {k for k,v in bare(f)([p], lr=0.1).hypers[0].items() if opt.hypers[0][k] != v}
-        for k in {*fixed} & changed:
+        check_step(name, f)
+        for k in {*fixed} & set_hypers(f):
             other = dict(lr='lrs', mom='moms or momenta', wd='wds')[k]
             raise ValueError(f"opts: {name} would not keep its {k}, since the schedule sets it; use {other}")
     return res
 
 # %% ../../nbs/16_compare.ipynb #1740cb37
-def cycle_moms(mom):
-    "fastai's shape of the momentum in one cycle, with the high momentum `mom`: 1−x, 1−3x, 1−x"
-    return mom, round(3*mom - 2, 10), mom
-
-def search_points(search, lrs, n):
-    "The first `n` points (lr, mom, wd) of a search; None where it is not searched"
+def search_points(search, lrs, n, skip=0):
+    "`n` points (lr, mom, wd) of a search, after the first `skip`; None where it is not searched"
     ranges = {k: dict(lr=lrs, mom=(0.0125, 0.33), wd=(5e-3, 1))[k] for k in search}
-    lo, hi = np.log(list(ranges.values())).T
-    xs = np.exp(lo + (hi-lo)*qmc.Sobol(len(search), scramble=False).fast_forward(1).random(n)) # the first is a corner
-    points = [{k: float(f'{v:.4g}') for k,v in zip(ranges, x)} for x in xs]
+    low, high = np.log(list(ranges.values())).T
+    unit = qmc.Sobol(len(search), scramble=False).fast_forward(1 + skip).random(n) # the very first is a corner
+    points = [{k: float(f'{v:.4g}') for k,v in zip(ranges, x)} for x in np.exp(low + (high-low)*unit)]
     return [(p.get('lr', lrs[0]), round(1 - p['mom'], 6) if 'mom' in p else None, p.get('wd')) for p in points]
 
 # %% ../../nbs/16_compare.ipynb #289f513c
-def each_once(k, vals, check):
+def sorted_unique(k, vals, check):
     "`vals` in order, as `check` gives them back; None alone if they are None. Raises a `ValueError` if there are none"
     if vals is None: return [None]
     if not (vals := sorted({check(o) for o in listify(vals)})): raise ValueError(f"{k} must have one value or more")
@@ -86,169 +85,52 @@ def check_lr(lr):
     if not (x := check_hyper('lr', lr)): raise ValueError(f"lrs must be above 0, got {lr!r}")
     return x
 
-# %% ../../nbs/16_compare.ipynb #4f21756e
-def all_finite(learn):
-    return all(torch.isfinite(o).all() for o in (getattr(learn, 'smooth_loss', tensor(0.)), *learn.model.parameters()))
-
-def rounded(x):
-    try: return float(f'{float(x):.6g}')
-    except (TypeError, ValueError): return math.nan # a metric that is None, or several numbers
-
-def evaluate(learn, i):
-    "Loss and metrics on the `i`th loader, by name, without callbacks that follow the epochs of a fit"
-    with learn.no_bar(), learn.no_logging(), learn.removed_cbs(learn.cbs.filter(risinstance(TrackerCallback))):
-        values = learn.validate(dl=learn.dls[i])
-    return dict(zip(['valid_loss', *(m.name for m in learn.metrics)], map(rounded, values)))
-
-def suggested_lr(learn, settings):
-    "What fastai's `lr_find` suggests, for fine-tuning with a frozen body. Raises a `ValueError` if it finds nothing"
-    if settings['freeze_epochs'] is not None: learn.freeze()
-    with tempfile.TemporaryDirectory() as tmp, learn.no_bar():
-        learn.path, learn.model_dir = Path(tmp), '.' # where it keeps the weights meanwhile
-        try: return rounded(learn.lr_find(show_plot=False).valley)
-        except IndexError as e: # it has too few losses
-            losses = [float(o) for o in learn.recorder.losses]
-            n = next((i for i,o in enumerate(losses) if not math.isfinite(o)), len(losses)-1)
-            raise ValueError(f"the loss was {losses[n]:g} after {n+1} batch{'es'*(n > 0)}, too early for one") from e
-
-class WatchEpochs(Callback):
-    "Note the results and the seconds of training of each epoch, and stop a run that has diverged"
-    order, run_valid = 60, False # after the Recorder
-    def __init__(self): self.epochs = []
-    def before_train(self):
-        self.clock = time.process_time if self.dls.device.type == 'cpu' else time.perf_counter
-        self.begun = self.clock()
-    def after_train(self):
-        self.seconds = self.clock() - self.begun
-        if not all_finite(self.learn): raise CancelFitException()
-    def after_epoch(self):
-        log = dict(zip(self.recorder.metric_names[1:], map(rounded, self.recorder.values[-1])))
-        self.epochs.append(dict(log, seconds=rounded(self.seconds)))
-
-def train_once(learn, settings, point, watch):
-    "Train at a point (lr, mom, wd): with `fine_tune` if the settings say so, else with `fit_one_cycle`"
-    lr, mom, wd = point
-    kwargs = dict(moms=settings['moms'] if mom is None else cycle_moms(mom), wd=wd, cbs=watch)
-    if settings['freeze_epochs'] is None: return learn.fit_one_cycle(settings['epochs'], lr, **kwargs)
-    return learn.fine_tune(settings['epochs'], lr, freeze_epochs=settings['freeze_epochs'], **kwargs)
-
-def fit_once(make_learner, opt_funcs, settings, seed, opt, point):
-    "Train one optimizer with one seed at a point (lr, mom, wd): a row for each epoch"
-    metric, watch, (lr, mom, wd) = settings['metric'], WatchEpochs(), point
-    if whose := settings['lr_find']:
-        whose = opt if whose == 'own' else whose
-        try: lr = suggested_lr(seed_learner(make_learner, opt_funcs[whose], seed), settings)
-        except ValueError as e: raise ValueError(f"lr_find: with {whose} and seed {seed}: {e}") from e
-    learn = seed_learner(make_learner, opt_funcs[opt], seed)
-    with learn.no_bar(), learn.no_logging():
-        try: train_once(learn, settings, (lr, mom, wd), watch)
-        except Exception:
-            if all_finite(learn): raise # else a loss or a metric cannot take NaN
-    run = dict(task=settings['task'], opt=opt, lr=lr, mom=mom, wd=wd, seed=seed)
-    rows = [dict(run, epoch=i, train_loss=o['train_loss'], valid_loss=o['valid_loss'], metric=o[metric],
-        seconds=o['seconds'], diverged=False) for i,o in enumerate(watch.epochs, 1)]
-    rest = dict(rows[-1], seconds=0.) if rows and all_finite(learn) else dict(run, diverged=True) # a callback ended it
-    rows += [dict(rest, epoch=i) for i in range(len(rows)+1, n_epochs(settings)+1)]
-    if not rows[-1]['diverged'] and len(learn.dls.loaders) > 2:
-        test = evaluate(learn, 2)
-        rows[-1].update(test_loss=test['valid_loss'], test_metric=test[metric])
-    if metric == 'valid_loss' and not math.isfinite(rows[-1].get('metric', 0)): rows[-1]['diverged'] = True
-    return rows
-
-# %% ../../nbs/16_compare.ipynb #395356d5
-_fit = None # what a worker process runs
-
-def _end_with_parent():
-    parent_process().join()
-    os._exit(1)
-
-def _start_worker(fit, make):
-    global _fit
-    _fit = fit
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the parent
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if n := torch.cuda.device_count(): torch.cuda.set_device(current_process()._identity[-1] % n)
-    make() # what is loaded once draws its random numbers before the runs
-
-def _work(run): return _fit(*run)
-
-def parallel_runs(fit, make, runs, n_workers):
-    "`fit(*run)` of each run, as they come, from processes that each call `make` first"
-    fork = sys.platform == 'linux' and not torch.cuda.is_available()
-    context, n = get_context('fork' if fork else 'spawn'), min(n_workers, len(runs))
-    pool = futures.ProcessPoolExecutor(n, context, _start_worker, (fit, make))
-    try: yield from (f.result() for f in futures.as_completed([pool.submit(_work, run) for run in runs]))
-    except futures.process.BrokenProcessPool as e:
-        raise ChildProcessError("a worker was killed; the same command with the same out resumes") from e
-    finally:
-        for p in list((pool._processes or {}).values()): p.terminate()
-        pool.shutdown(cancel_futures=True)
-
 # %% ../../nbs/16_compare.ipynb #62653088
-def check_schedule(learn, funcs, epochs, fine_tune, freeze_epochs, lr_find):
-    "Check how long and at which learning rate to train. Gives `freeze_epochs`, None without `fine_tune`"
-    check_int('epochs', epochs)
-    if lr_find not in [None, 'own', *funcs]:
-        raise ValueError(f"lr_find must be own or one of {', '.join(funcs)}, got {lr_find!r}")
-    if not fine_tune:
-        if freeze_epochs is not None: raise ValueError("freeze_epochs is for fine_tune: give both")
-        return None
-    if freeze_epochs is None: freeze_epochs = 1
+def check_fine_tune(learn, freeze_epochs):
+    "Check that a `Learner` has a body to freeze. Raises a `ValueError`"
     check_int('freeze_epochs', freeze_epochs, 0)
     learn.create_opt()
     if len(learn.opt.param_lists) < 2: raise ValueError("fine_tune needs a splitter: the Learner has one group of "
         "parameters, so that nothing would be frozen. With a splitter, the last group is the head")
-    return freeze_epochs
+
+def find_metric(metric, there, lower_is_better):
+    "(name of a metric, is less of it better?). Raises a `ValueError` if it is not among those of a `Learner`"
+    metric = next((k for k in there if plain_name(k) == plain_name(metric)), metric)
+    if metric not in there: raise ValueError(f"metric must be one of {', '.join(there)}, got {metric!r}")
+    return metric, find_direction(metric, lower_is_better)
 
 def new_settings(make_learner, funcs, epochs, fine_tune=False, freeze_epochs=None, lr_find=None, moms=None,
     metric=None, lower_is_better=None, task=None, **settings):
     "What a comparison is of. Raises a `ValueError` that names the invalid argument"
     check_int('epochs', epochs)
+    if lr_find not in [None, 'own', *funcs]:
+        raise ValueError(f"lr_find must be own or one of {', '.join(funcs)}, got {lr_find!r}")
+    if fine_tune and freeze_epochs is None: freeze_epochs = 1 # fastai's default
+    if not fine_tune and freeze_epochs is not None: raise ValueError("freeze_epochs is for fine_tune: give both")
     learn = check_learner(make_learner, list(funcs.values()))
-    freeze_epochs = check_schedule(learn, funcs, epochs, fine_tune, freeze_epochs, lr_find)
+    if fine_tune: check_fine_tune(learn, freeze_epochs)
     start = evaluate(learn, 1)
-    metric = next((k for k in start if plain_name(k) == plain_name(metric or 'valid_loss')), metric)
-    if metric not in start: raise ValueError(f"metric must be one of {', '.join(start)}, got {metric!r}")
-    return dict(opts=list(funcs), task=task or opt_name(make_learner), epochs=epochs, metric=metric,
-        freeze_epochs=freeze_epochs, lr_find=lr_find,
-        moms=None if moms is None else list(parse_moms(moms)), lower_is_better=find_direction(metric, lower_is_better),
-        chance=start[metric] if math.isfinite(start[metric]) else None, batches=len(learn.dls.train),
-        parameters=sum(p.numel() for p in learn.model.parameters()), **settings)
-
-@contextmanager
-def open_folder(out, settings):
-    "Have a folder alone: gives it and its settings. Raises a `ValueError` if there is another comparison in it"
-    with tempfile.TemporaryDirectory() as tmp:
-        folder = Path(out or tmp)
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(folder):
-            if any(not o.name.startswith('.') for o in folder.iterdir()):
-                old, new = (dict(search='trial_seeds' in o, **o) for o in (read_settings(folder), settings))
-                for k in new:
-                    if k in ('opts', 'trial_seeds'): settings[k] = old[k] + [o for o in new[k] if o not in old[k]]
-                    elif k != 'chance' and old.get(k) != new[k]: raise ValueError(f"out: {str(folder)!r} has "
-                        f"another comparison, with {k} {old.get(k)!r}, not {new[k]!r}")
-            yield folder, settings
-
-def train_missing(folder, settings, fit, make, n_workers, runs):
-    "Make those of the runs (seed, opt, point) that have not been made yet"
-    rows = read_rows(folder, settings)
-    found = point_cols[:1] if settings['lr_find'] else [] # by the run, and no part of its point
-    done = {(r['seed'], r['opt'], tuple(None if k in found else r[k] for k in point_cols)) for r in rows}
-    if not (runs := [o for o in runs if o not in done]): return
-    write_folder(folder, settings, rows)
-    it = parallel_runs(fit, make, runs, n_workers) if n_workers else (fit(*run) for run in runs)
-    n, start, threads = len(runs), time.time(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for i,rows in enumerate(progress_bar(it, total=n) if has_bars() else it, 1):
-            write_rows(rows, folder/'results.csv', mode='a', header=False)
-            if not has_bars() and i*10//n > (i-1)*10//n:
-                print(f'{i} of {n} runs, about {(time.time()-start)*(n-i)/i:.0f} s left', flush=True)
-    finally: torch.set_num_threads(threads)
+    metric, lower_is_better = find_metric(metric or 'valid_loss', start, lower_is_better)
+    return dict(opts=list(funcs), task=task or opt_name(make_learner), epochs=epochs, freeze_epochs=freeze_epochs,
+        lr_find=lr_find, moms=None if moms is None else list(parse_moms(moms)),
+        metric=metric, lower_is_better=lower_is_better, chance=start[metric] if math.isfinite(start[metric]) else None,
+        batches=len(learn.dls.train), parameters=sum(p.numel() for p in learn.model.parameters()), **settings)
 
 # %% ../../nbs/16_compare.ipynb #4fb0b34f
+Edge = namedtuple('Edge', 'pick lr factor') # `pick` is min or max
+
+def grow_edge(train, load, edge, beyond, funcs):
+    "Train at the points beyond an edge, if an optimizer is best there. Gives the new edge, or None"
+    c, lr = load(), edge.lr*edge.factor
+    points = beyond(edge.lr, lr)
+    made_before = c.results.lr.isin([o for o,*_ in points]).any() # earlier seeds or optimizers needed them
+    best_there = edge.pick(c.results.lr) in [c.best(o)[0] for o in funcs]
+    if not (made_before or best_there): return None
+    train(funcs, points)
+    return Edge(edge.pick, lr, edge.factor)
+
+def set_point(point): return tuple(None if math.isnan(o) else o for o in point)
+
 def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), baseline=None, margin=None, grow=2,
     out=None, n_workers=0, **kwargs):
     "Train at `points`, then at those `beyond` an edge while an optimizer is best there, then the best on `fresh` seeds"
@@ -257,23 +139,20 @@ def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), b
     tried = {k for p in points for k,v in zip(point_cols, p) if v is not None}
     if 'mom' in tried and kwargs.get('moms') is not None:
         raise ValueError("moms is one schedule: momenta cannot be compared")
-    funcs = find_opts(opts, {'mom', *tried})
+    funcs = find_opts(opts, {'lr', 'mom', *tried})
     if baseline not in [None, *funcs]: raise ValueError(f"baseline must be one of {', '.join(funcs)}, got {baseline!r}")
     with open_folder(out, new_settings(make_learner, funcs, **kwargs)) as (folder, settings):
-        fit = partial(fit_once, make_learner, funcs, settings)
-        make = partial(seed_learner, make_learner, first(funcs.values()), 0)
-        train = partial(train_missing, folder, settings, fit, make, n_workers)
-        train(itertools.product(seeds, funcs, points))
-        for edge,lr,factor in edges:
+        make_runs = partial(train_missing, folder, settings, make_learner, funcs, n_workers)
+        load = partial(Comparison.load, folder)
+        def train(opts, points): make_runs(itertools.product(seeds, opts, points))
+        train(funcs, points)
+        for edge in edges:
             for _ in range(grow):
-                more, lr, c = beyond(lr, lr*factor), lr*factor, Comparison.load(folder)
-                there = c.results.lr.isin([o for o,*_ in more]).any() # earlier seeds or optimizers needed them
-                if not there and edge(c.results.lr) not in [c.best(o)[0] for o in funcs]: break
-                train(itertools.product(seeds, funcs, more))
+                if not (edge := grow_edge(train, load, edge, beyond, funcs)): break
         if fresh:
-            c = Comparison.load(folder)
-            train((seed, o, tuple(None if math.isnan(v) else v for v in c.best(o))) for seed in fresh for o in funcs)
-        return Comparison.load(folder, baseline=baseline, margin=margin)
+            best = {o: set_point(load().best(o)) for o in funcs}
+            make_runs((seed, o, point) for seed in fresh for o,point in best.items())
+        return load(baseline=baseline, margin=margin)
 
 # %% ../../nbs/16_compare.ipynb #c1515af9
 def compare_opts(
@@ -288,17 +167,18 @@ def compare_opts(
         # grow, task, out, n_workers
 ) -> Comparison:
     "Train with every optimizer, point and seed. Raises a `ValueError` that names the invalid argument"
-    if kwargs.get('lr_find'):
-        if lrs is not None: raise ValueError("give lrs or lr_find, not both")
-    elif lrs is None: lrs = 2e-3
-    seeds = each_once('seeds', range(seeds) if isinstance(seeds, int) else seeds, int)
-    lrs = each_once('lrs', lrs, check_lr)
-    moms = each_once('momenta', momenta, partial(check_hyper, 'mom'))
-    wds = each_once('wds', wds, partial(check_hyper, 'wd'))
+    lr_find = kwargs.get('lr_find')
+    if lr_find and lrs is not None: raise ValueError("give lrs or lr_find, not both")
+    if not lr_find and lrs is None: lrs = 2e-3 # fastai's default in fine_tune
+    seeds = sorted_unique('seeds', range(seeds) if isinstance(seeds, int) else seeds, int)
+    lrs = sorted_unique('lrs', lrs, check_lr)
+    moms = sorted_unique('momenta', momenta, partial(check_hyper, 'mom'))
+    wds = sorted_unique('wds', wds, partial(check_hyper, 'wd'))
     if momenta is not None and moms[0] < 2/3: raise ValueError(f"momenta must be from 2/3 on, got {moms}")
     def grid(lrs): return list(itertools.product(lrs, moms, wds))
     def beyond(_, lr): return grid([float(f'{lr:.4g}')])
-    edges = [(min, lrs[0], lrs[0]/lrs[1]), (max, lrs[-1], lrs[-1]/lrs[-2])] if len(lrs) > 1 else []
+    edges = []
+    if len(lrs) > 1: edges = [Edge(min, lrs[0], lrs[0]/lrs[1]), Edge(max, lrs[-1], lrs[-1]/lrs[-2])]
     return compare_points(make_learner, opts, seeds, grid(lrs), edges, beyond, epochs=epochs, **kwargs)
 
 # %% ../../nbs/16_compare.ipynb #579d9d4d
@@ -306,24 +186,28 @@ def search_opts(
     make_learner, # Function of `opt_func` that returns a new `Learner`
     opts:list, # Optimizers: names, `opt_func`s or `partial`s
     lrs:tuple, # (lowest, highest) learning rate at the peak of the cycle; one, if it is not searched
-    epochs:int, # Length of the cycle
+    epochs:int=5, # As in `compare_opts`
     seeds:int=10, # Number of fresh seeds for the best point of each optimizer: 100, 101, …
     search:list=('lr', 'mom', 'wd'), # What is searched
     trials:int=32, # Number of points
     trial_seeds:int=2, # Number of seeds of each trial: 0, 1, …
+    skip:int=0, # Number of points of the sequence that are passed over, for another search of the same kind
     **kwargs # As in `compare_opts`; `grow`: how often a quarter of the range of lr may be added on each side
 ) -> Comparison:
     "Try all optimizers at the same points, and the best of each on fresh seeds. Raises a `ValueError`"
     for k,v in dict(seeds=seeds, trials=trials, trial_seeds=trial_seeds).items(): check_int(k, v)
+    check_int('skip', skip, 0)
     if kwargs.get('lr_find'): raise ValueError("lr_find is not for a search: lr is searched")
-    lrs, search, tried = each_once('lrs', lrs, check_lr), listify(search), list(range(trial_seeds))
+    lrs, search, tried = sorted_unique('lrs', lrs, check_lr), listify(search), list(range(trial_seeds))
     if not search or {*search} - {*point_cols}: raise ValueError(f"search must be some of lr, mom, wd, got {search}")
     if ('lr' in search) != (len(lrs) > 1):
         raise ValueError(f"lrs must be the lowest and the highest, or one if lr is not searched, got {lrs}")
+    low, high = lrs[0], lrs[-1]
+    points, quarter = search_points(search, (low, high), trials, skip), (high/low)**0.25
     def beyond(*lrs): return search_points(search, lrs, math.ceil(trials/4))
-    low, high, w = lrs[0], lrs[-1], (lrs[-1]/lrs[0])**0.25
-    return compare_points(make_learner, opts, tried, search_points(search, (low, high), trials),
-        ((min, low, 1/w), (max, high, w)), beyond, range(100, 100+seeds), epochs=epochs, trial_seeds=tried, **kwargs)
+    edges = [Edge(min, low, 1/quarter), Edge(max, high, quarter)]
+    return compare_points(make_learner, opts, tried, points, edges, beyond, range(100, 100+seeds), epochs=epochs,
+        trial_seeds=tried, **kwargs)
 
 # %% ../../nbs/16_compare.ipynb #e462367a
 default_opts = 'NAdam,DozatNAdam,NAdam(nesterov=False),Adam,RAdam,ranger'
@@ -344,6 +228,7 @@ def compare(
     search:str=None, # Search instead of a grid: lr,mom,wd or some of them
     trials:int=32, # In a search: points that every optimizer tries
     trial_seeds:int=2, # In a search: seeds of each trial
+    skip:int=0, # In a search: points of the sequence that are passed over, for another search of the same kind
     epochs:int=None, # Length of the cycle
     seeds:int=10, # Number of seeds; in a search of fresh ones for the best point of each optimizer
     metric:str=None, # Metric to compare (default: valid_loss)
@@ -370,7 +255,7 @@ def compare(
         lrs=lrs, epochs=task_epochs if epochs is None else epochs,
         seeds=seeds, moms=moms, metric=metric, lower_is_better=lower_is_better, baseline=baseline, margin=margin,
         grow=grow, task=name, out=out, n_workers=n_workers)
-    if search: c = search_opts(make, search=search.split(','), trials=trials, trial_seeds=trial_seeds, **kw)
+    if search: c = search_opts(make, search=search.split(','), trials=trials, trial_seeds=trial_seeds, skip=skip, **kw)
     else: c = compare_opts(make, momenta=momenta, wds=wds, **kw)
     save_fig(c.plot(), out/'results.png')
     print(f"\n{c.table().to_string()}\n\nsee {out}\n{c.verdict()}")

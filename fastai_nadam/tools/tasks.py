@@ -113,27 +113,3 @@ def find_task(
         f = partial(folder_learner, path=path, **kwargs)
         name = ', '.join([str(path), *(f'{k} {v}' for k,v in kwargs.items())])
     return f, name, getattr(f, 'lrs', (1e-3, 3e-3, 1e-2, 3e-2)), getattr(f, 'epochs', 5)
-
-# %% ../../nbs/14_tasks.ipynb #b673a56b
-def seed_learner(make_learner, opt_func, seed):
-    "A `Learner` whose weights and batches depend on `seed` only. Raises a `ValueError` if its optimizer is another"
-    set_seed(seed, reproducible=True)
-    learn = make_learner(opt_func)
-    if not isinstance(learn, Learner): raise ValueError(f"make_learner must return a Learner, not {learn!r}")
-    if learn.opt_func is not opt_func:
-        raise ValueError("make_learner ignores its opt_func: the Learner must have it, as it is")
-    set_seed(seed, reproducible=True)
-    for dl in learn.dls.loaders: dl.rng = random.Random(seed)
-    return learn
-
-def check_learner(make_learner, opt_funcs):
-    "A `Learner`, once it is sure that each is new, and that those of a seed have the same weights"
-    # the very first is left out: it may load data, and draw random numbers for that
-    _, first, *others = (seed_learner(make_learner, f, 0) for f in [opt_funcs[0], *opt_funcs[:1], *opt_funcs])
-    ps = list(first.model.parameters())
-    for qs in (list(o.model.parameters()) for o in others):
-        if {*ps} & {*qs}: raise ValueError("make_learner must make a new model each time")
-        if len(ps) != len(qs) or not all(map(torch.equal, ps, qs)):
-            raise ValueError("make_learner must give the same initial weights after the same seed")
-    if len(first.dls.loaders) < 2: raise ValueError("make_learner must return a Learner with validation data")
-    return first

@@ -28,4 +28,7 @@ for t in $tasks; do compare long $t --opts "$pair" --epochs 32 --search lr,mom,w
 for t in $tasks; do compare middle $t --opts "$dozat" --epochs 8 $search; done
 for t in $tasks; do compare middle $t --opts "$dozat,Adam(eps=1e-8)" --epochs 8 $search; done
 for t in $tasks; do compare middle-999 $t --opts "NAdam(sqr_mom=0.999),NAdam(nesterov=False,sqr_mom=0.999)" --epochs 8 $search; done
-python -W ignore again.py "$out" # exploratory: three more searches, with other points
+for i in 1 2 3; do # exploratory: three more searches, each with the next 32 points of the sequence
+    for t in $tasks; do compare short-$i $t --opts "$pair" --epochs 2 $search --skip $((32*i)); done
+    for t in $tasks; do compare middle-$i $t --opts "$pair" --epochs 8 $search --skip $((32*i)); done
+done
