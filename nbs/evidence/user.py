@@ -1,7 +1,7 @@
 """The two questions of PROTOCOL.md, answered from the stored results: effects on tasks, and what they say together"""
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from pathlib import Path
-from fastai_nadam.tools.results import Comparison, confidence_interval, holm
+from fastai_nadam.tools.results import Comparison, half_width, holm
 from pooling import plain_mean
 
 here = Path(__file__).parent
@@ -20,12 +20,6 @@ def comparisons(folder, tasks):
     "By task; one that has not been run is left out"
     return {t: Comparison.load(here/folder/t) for t in tasks if (here/folder/t/'results.csv').exists()}
 
-def log_loss(c, opt):
-    "100 times the logarithm of the test loss, by seed, of the runs that judge an optimizer"
-    judged = c.judged(opt)
-    ends = judged[judged.epoch == judged.epoch.max()].index
-    return 100*np.log(c.runs.loc[ends].set_index('seed').judge)
-
 def effects(
     folder:str, # Such as `swap_middle`
     tasks:list, # Which tasks; one that has not been run is left out
@@ -35,9 +29,8 @@ def effects(
     "Difference in test loss on the same seeds; below 0 `opt` is better"
     rows = {}
     for t,c in comparisons(folder, tasks).items():
-        d = (log_loss(c, opt) - log_loss(c, base)).dropna()
-        diff, half, n = confidence_interval(d)
-        rows[t] = dict(diff=diff, half=half, se=d.sem(), n=n)
+        e = c.effect(opt, base, log=True)
+        rows[t] = dict(e, half=half_width(e.se, e.n))
     return pd.DataFrame(rows).T
 
 def verdict(r, margin=2):
