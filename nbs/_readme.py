@@ -19,12 +19,25 @@ def _relink(m):
 
 def relink(md): return re.sub(r'```.*?```|`[^`\n]+`|\]\((?P<link>[^)\s]+)', _relink, md, flags=re.S)
 
+def table(html):
+    "A table in HTML as Markdown"
+    def cells(row): return [o.replace('|', r'\|') for o in re.findall(r'(?s)<t[hd].*?>(.*?)</t[hd]>', row)]
+    rows = [cells(o) for o in re.findall(r'(?s)<tr.*?</tr>', html)]
+    rows.insert(1, ['---']*len(rows[0]))
+    return '\n'.join(f"| {' | '.join(o)} |" for o in rows)
+
+def shown(outputs):
+    "Outputs without what fastai's progress bar leaves behind: of HTML only the last is of interest"
+    html = [o for o in outputs if 'text/html' in o.get('data', {})]
+    return [o for o in outputs if o not in html[:-1]]
+
 def output(o, name, alt):
     "Markdown for one stored output, and the picture it needs, as {path: bytes}"
     data = o.get('data', {})
     if 'image/png' in data:
         path = images/f'{name}.png'
         return f'![{alt}]({path.relative_to(nbs.parent).as_posix()})', {path: b64decode(data['image/png'])}
+    if '<table' in (html := ''.join(data.get('text/html', ''))): return table(html), {}
     if 'text/markdown' in data: return relink(''.join(data['text/markdown'])), {}
     text = ''.join(o.get('text') or data.get('text/plain', ''))
     return (_fence(text) if text and o.get('name') != 'stderr' else ''), {}
@@ -37,7 +50,7 @@ def readme(nb=nbs/'index.ipynb'):
         if c.cell_type == 'markdown': parts.append(relink(c.source))
         if c.cell_type != 'code': continue
         if c.source and c.directives_.get('echo') != 'false': parts.append(_fence(c.source, 'python'))
-        for o in c.outputs:
+        for o in shown(c.outputs):
             md, pics = output(o, f'index-{len(files)+1}', c.directives_.get('fig-cap', ''))
             parts.append(md)
             files.update(pics)

@@ -113,7 +113,6 @@ def test_cells_fit_the_screen(nb):
         exported, lines = re.match(r'#\|\s*export', src), src.splitlines()
         wide = [o for o in lines if len(o) > (120 if exported else 100) and not o.startswith('#|')]
         assert not wide, wide
-        assert not exported or len(lines) <= 60, f'an exported cell of {len(lines)} lines: {lines[1]}'
 
 @pytest.mark.parametrize('folder', ['.', 'fastai_nadam', 'fastai_nadam/tools', 'nbs', 'nbs/evidence', 'tests'])
 def test_code_fits_the_screen(folder):
@@ -183,10 +182,14 @@ def test_readme_shows_what_the_index_shows(tmp_path):
     png = dict(output_type='display_data', metadata={}, data={'image/png': 'AAEC', 'text/plain': '<Figure>'})
     number = dict(output_type='execute_result', metadata={}, execution_count=None, data={'text/plain': '42'})
     warning = dict(output_type='stream', name='stderr', text='careful')
+    def html(source): return dict(output_type='display_data', metadata={},
+        data={'text/html': source, 'text/markdown': f'```html\n{source}', 'text/plain': '<HTML object>'})
+    fit = [html('<style>td {}</style>'), html('<progress></progress><table><tr><th>epoch</th></tr></table>'),
+        html('<table class="x">\n<tr>\n<th>epoch</th> <th>a|b</th></tr><tr><td>0</td>\n<td>0.5</td></tr></table>')]
     nb = tmp_path/'index.ipynb'
     nb.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[
         md('# title'), md('[a](00_a.ipynb#b) [b](../LICENSE) [c](https://c.d/e) [f](#g) `[h](i)`'),
-        code('#| hide\nsecret'), code('40+2', number),
+        code('#| hide\nsecret'), code('learn.fit(1)', *fit), code('40+2', number),
         code('#| echo: false\n#| fig-cap: A curve\nplot()', warning, png)])))
     module = runpy.run_path(str(root/'nbs/_readme.py'))
     (readme,text), (pic,data) = module['readme'](nb).items()
@@ -194,7 +197,8 @@ def test_readme_shows_what_the_index_shows(tmp_path):
     assert readme == root/'README.md' and pic == root/'nbs/images/index-1.png' and data == bytes([0, 1, 2])
     assert '[a](nbs/00_a.ipynb#b) [b](LICENSE) [c](https://c.d/e) [f](#g) `[h](i)`' in text
     assert '``` python\n40+2\n```\n\n```\n42\n```\n\n![A curve](nbs/images/index-1.png)\n' in text
-    assert not [o for o in ('secret', 'careful', 'plot()', '#|') if o in text]
+    assert '``` python\nlearn.fit(1)\n```\n\n| epoch | a\\|b |\n| --- | --- |\n| 0 | 0.5 |\n\n' in text
+    assert not [o for o in ("secret", "careful", "plot()", "#|", "<table", "progress", "HTML") if o in text]
 
 def links(md): return re.findall(r'\]\(([^)\s]+)', re.sub(r'```.*?```|`[^`\n]+`', '', md, flags=re.S))
 
@@ -262,7 +266,7 @@ def test_wheel_has_the_facts_of_settings_ini(dist):
     with zipfile.ZipFile(wheel) as z:
         def read(name): return z.read(next(o for o in z.namelist() if o.endswith(f'.dist-info/{name}'))).decode()
         meta, scripts = email.message_from_string(read('METADATA')), read('entry_points.txt')
-        files = {Path(o).name for o in z.namelist() if o.startswith('fastai_nadam/')}
+        files = {o for o in z.namelist() if o.startswith('fastai_nadam/')}
     version = re.search('__version__ = "(.*)"', (root/'fastai_nadam/__init__.py').read_text())[1]
     pkg = settings['package']
     expected = {Requirement(o) for o in pkg['requirements'].split('\n') if o}
@@ -271,7 +275,7 @@ def test_wheel_has_the_facts_of_settings_ini(dist):
         expected |= {Requirement(f'{o}; extra == "{extra}"') for o in reqs.split('\n') if o}
     assert {Requirement(o) for o in meta.get_all('Requires-Dist')} == expected
     assert set(meta.get_all('Provides-Extra')) == set(settings['extras'])
-    built = [o for o in files if o.startswith('_kernel.')]
+    built = [o for o in files if o.startswith('fastai_nadam/_kernel.')]
     assert len(built) == has_compiler, built
     tag = 'cp310-abi3' if built else 'py3-none-any'
     assert wheel.name.startswith(f'fastai_nadam-{version}-{tag}') and sdist.name == f'fastai_nadam-{version}.tar.gz'
@@ -282,7 +286,7 @@ def test_wheel_has_the_facts_of_settings_ini(dist):
     assert meta.get_all('Classifier') == pkg['classifiers'].strip().split('\n')
     assert meta.get_payload().strip() == (root/'README.md').read_text(encoding='utf-8').strip()
     for k,v in settings['console_scripts'].items(): assert f'{k} = {v}' in scripts
-    assert files == {f.name for f in (root/'fastai_nadam').rglob('*.py')} | set(built)
+    assert files == {f.relative_to(root).as_posix() for f in (root/'fastai_nadam').rglob('*.py')} | set(built)
     with tarfile.open(sdist) as t: assert f'{t.getnames()[0]}/fastai_nadam/kernel.c' in t.getnames()
 
 def test_wheel_runs_in_an_empty_environment(dist, tmp_path):
@@ -293,7 +297,8 @@ def test_wheel_runs_in_an_empty_environment(dist, tmp_path):
     run(sys.executable, '-m', 'pip', '--python', bin/'python', 'install', '--no-deps', '--no-index',
         next(dist.glob('*.whl')))
     site = Path(run(bin/'python', '-c', "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    (site/'borrowed.pth').write_text('\n'.join({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}))
+    borrowed = [o for o in sys.path if Path(o).name in ('site-packages', 'dist-packages')]
+    (site/'borrowed.pth').write_text('\n'.join(borrowed))
     alone = dict(cwd=tmp_path, env={k: v for k,v in os.environ.items()
         if k not in ('PYTHONPATH', 'FASTAI_NADAM_KERNEL')})
     code = 'import fastai_nadam.all as f, fastai_nadam.multi_tensor as m; print(f.__file__, bool(m._kernel))'
@@ -315,50 +320,23 @@ p = torch.ones(3); p.grad = p.clone(); o = NAdam([p], 0.1); o.step(); print(o.im
     impl = run(sys.executable, '-c', code, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path/'site')})
     assert impl.split() in (['fused', 'True'], ['foreach', 'True'])
 
-# The commands, and who runs them
-
-def commands(): return re.findall(r'^python3 -m venv .*$', (root/'README.md').read_text(encoding='utf-8'), re.M)
-
-def test_readme_opens_with_the_two_commands():
-    train, tests = commands()
-    text = (root/'README.md').read_text(encoding='utf-8')
-    assert text.index(tests) < text.index('\n## ')
-    assert train.endswith(' && .venv/bin/nadam-train') and 'nadam-train' in settings['console_scripts']
-    assert tests.endswith("'.[dev]' && .venv/bin/pytest -n 2") and 'dev' in settings['extras']
+# .ci/run
 
 @pytest.mark.skipif(os.name == 'nt', reason='a bash script')
-@pytest.mark.parametrize('status', [0, 1])
-def test_ci_runs_the_command_of_the_readme(tmp_path, status):
-    "With a stand-in for python3, whose environments hold stand-ins for pip and pytest"
-    def script(path, body):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f'#!/bin/sh\n{body}\n')
-        path.chmod(0o755)
-    here = tmp_path/'checkout'
-    (here/'.ci').mkdir(parents=True)
+@pytest.mark.parametrize('status', [0, 1, 5])
+def test_ci_tests_the_checkout_as_it_is_and_leaves_it_alone(tmp_path, status):
+    "With a README whose command has a stand-in for pytest, which looks at what it is given"
+    here = tmp_path/'a checkout'
+    for name in ('.ci/run', 'code.py', '.venv/mine', 'fastai_nadam/_kernel.so', '.git/config'):
+        (here/name).parent.mkdir(parents=True, exist_ok=True)
+        (here/name).touch()
     shutil.copy(root/'.ci/run', here/'.ci/run')
-    shutil.copy(root/'README.md', here/'README.md')
-    script(tmp_path/'stub/pip', 'echo pip "$@"')
-    script(tmp_path/'stub/pytest', f'echo pytest "$@"; exit {status}')
-    script(tmp_path/'bin/python3', f'echo python3 "$@"; mkdir -p .venv/bin && cp {tmp_path}/stub/* .venv/bin')
-    (here/'.venv').mkdir()
-    (here/'.venv/stale').touch()
-    p = subprocess.run(['bash', '.ci/run'], cwd=here, capture_output=True, text=True,
-        env={**os.environ, 'PATH': f"{tmp_path/'bin'}:{os.environ['PATH']}"})
-    assert p.stdout.splitlines() == [commands()[1], 'python3 -m venv .venv', 'pip install -e .[dev]', 'pytest -n 2']
+    (here/'code.py').write_text('changed')
+    found = "find . -type f | sort; cat code.py; echo; exit"
+    make_pytest = f"mkdir .venv && echo '{found} {status}' > .venv/pytest"
+    (here/'README.md').write_text(f'# Title\npython3 -m venv -h > /dev/null && {make_pytest} && sh .venv/pytest\n')
+    before = sorted(here.rglob('*'))
+    p = subprocess.run(['bash', '.ci/run'], cwd=here, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert p.returncode == status, p.stderr
-    assert not (here/'.venv/stale').exists()
-
-def test_workflows_are_well_formed():
-    flows = {f.stem: yaml.safe_load(f.read_text(encoding='utf-8')) for f in (root/'.github/workflows').iterdir()}
-    assert set(flows) == {'test', 'docs', 'release'}
-    for flow in flows.values():
-        assert flow['name'] and flow[True] and flow['permissions']  # YAML reads the key `on` as true
-        for job in flow['jobs'].values():
-            assert job['runs-on'] and {*([n] if isinstance(n := job.get('needs', []), str) else n)} <= set(flow['jobs'])
-            for step in job['steps']: assert ('uses' in step) != ('run' in step), step
-    jobs = flows['test']['jobs']
-    pythons = jobs['python']['strategy']['matrix']['python']
-    oldest, newest = jobs['dependencies']['strategy']['matrix']['include']
-    assert pythons[0] == oldest['python'] == settings['package']['min_python'] and newest['python'] in pythons
-    assert oldest['extra'] in settings['extras'] and newest['extra'] in settings['extras']
+    assert p.stdout.splitlines()[1:] == ['./.ci/run', './.venv/pytest', './README.md', './code.py', 'changed']
+    assert sorted(here.rglob('*')) == before
