@@ -91,7 +91,8 @@ def one_of(*vals):
 def hyper(name:str):
     "Allow a number that NAdam allows for a hyper"
     what, ok = _allowed[name]
-    return allow(what, lambda v: is_number(v) and ok(v))
+    number_of_it = allow(what, is_number)
+    return lambda k,v: check_number(k, number_of_it(k, v), what, ok)
 
 text = allow('text of up to 1000 printable characters',
     lambda v: isinstance(v, str) and len(v) <= 1000 and v.isprintable())

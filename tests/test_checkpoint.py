@@ -1,5 +1,6 @@
 "nadam-train, stopped and killed: what is deleted, what is kept, and that a resumed run is the same run"
-import json, random, shutil, signal, time
+import json, math, os, random, shutil, signal, sys, time
+from contextlib import suppress
 from functools import partial
 
 import pytest, torch
@@ -7,8 +8,8 @@ from fastai.vision.all import Learner, Path
 
 from fastai_nadam.tools import checkpoint as room, train as train_room
 from fastai_nadam.tools.checkpoint import Checkpoint, run_folder
-from fastai_nadam.tools.train import main, train
-from runs import argv, folder, here, names, refused, same_run, start, stop, tiny
+from fastai_nadam.tools.train import main, new_learner, train
+from runs import Stop, argv, folder, here, names, refused, same_run, start, stop, tiny
 
 @pytest.fixture(scope='module')
 def whole(tiny, tmp_path_factory):
@@ -152,24 +153,33 @@ def test_a_disk_that_is_full_at_the_end(tiny, whole, tmp_path, capfd, monkeypatc
 
 # What resumes
 
+def run_and_kill(args, seconds):
+    "`main` in a process that has everything loaded, killed for good after so many seconds"
+    pid = os.fork()
+    if not pid:
+        with suppress(BaseException), open(os.devnull, 'w') as sys.stdout: main(args)
+        os._exit(0)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are not forked here')
 @pytest.mark.parametrize('opt', ['NAdam', 'ranger'])
 def test_killed_at_any_moment(opt, tiny, tmp_path):
-    "Killed for good in the first epoch, then anywhere"
-    args = argv(**{**tiny, 'arch': 'shufflenet_v2_x0_5', 'epochs': 16}, opt=opt)
-    file, last = tmp_path/'part'/'checkpoint.pth', None
-    for more,wait in ((['--out=part', *args], 0), (['--resume=part'], 1.5)):
-        p = start(more, tmp_path)
-        try:
-            end = time.time() + 120
-            while (not file.exists() or file.stat().st_mtime_ns == last) and p.poll() is None and time.time() < end:
-                time.sleep(0.01)
-            time.sleep(random.uniform(0, wait))
-            assert p.poll() is None, p.communicate()
-        finally: p.kill()
-        p.communicate()
-        last = file.stat().st_mtime_ns
-    assert main(['--resume', 'part']) == main([*args, '--out=whole']) == 0
-    same_run(tmp_path/'part', tmp_path/'whole')
+    "Again and again, from its start to its end"
+    args = argv(**{**tiny, 'arch': 'shufflenet_v2_x0_5', 'epochs': 3}, opt=opt)
+    begun = time.time()
+    assert main([*args, '--out=whole']) == 0
+    seconds, part = time.time() - begun, tmp_path/'part'
+    for i in range(3):
+        resumable = (part/'args.json').exists()
+        if not resumable: shutil.rmtree(part, ignore_errors=True)
+        run_and_kill(['--resume=part'] if resumable else ['--out=part', *args], random.uniform(0, seconds))
+    if not (part/'args.json').exists():
+        shutil.rmtree(part, ignore_errors=True)
+        run_and_kill(['--out=part', *args], seconds/2)
+    assert main(['--resume', 'part']) == 0 or not (part/'checkpoint.pth').exists()
+    same_run(part, tmp_path/'whole')
 
 def test_killed_before_the_first_checkpoint(whole, tmp_path, capsys):
     for f in ('args.json', '.checkpoint.pth.part'):
@@ -190,7 +200,6 @@ def test_channels_last(opt, tiny, tmp_path, stop):
 
 def test_in_any_learner(tmp_path):
     "Without classes, with a loss alone"
-    from runs import Stop
     from fastai.vision.all import DataLoader, DataLoaders, MSELossFlat, nn, set_seed, tensor
     def fit(cbs, stop=False):
         set_seed(3)
@@ -240,7 +249,11 @@ def other_args(file, **changed):
     (partial(other_args, arch='squeezenet1_0'), 'does not fit'),
     (partial(other_args, depth=3), 'no such option: depth'),
     (lambda f: f.with_name('args.json').write_text('{'), 'is no args.json of a run'),
-    (lambda f: f.with_name('args.json').unlink(), 'args: no such file')])
+    (partial(other_args, epochs=1), 'rows has 1 epochs, the run is of 1'),
+    (partial(other_args, lr=None), "resume: 'stopped/args.json' is no args.json of a run: args.lr must be"),
+    (partial(other_args, num_workers=10**6), 'args.num_workers must be at most 256'),
+    (lambda f: f.with_name('args.json').write_text('['*100_000), 'nested too deeply'),
+    (lambda f: f.with_name('args.json').unlink(), "resume: no such file: 'stopped/args.json'")])
 def test_resume_refused(damage, message, stopped, capsys, monkeypatch):
     monkeypatch.setattr(Learner, '_do_fit', lambda *a, **k: pytest.fail('it trains'))
     damage(stopped/'checkpoint.pth')
@@ -249,8 +262,112 @@ def test_resume_refused(damage, message, stopped, capsys, monkeypatch):
     assert message in refused(capsys, ['--resume', 'stopped'])
     assert {f: f.read_bytes() for f in stopped.iterdir()} == before and not Path('evil').exists()
 
+python_state = [3, [0]*625, None]
+
+def forged(state):
+    "Entry of a checkpoint → values that it must not have"
+    rng, rows, n = state['rng'][0], state['rows'], len(state['losses'])
+    weight = next(iter(state['model']))
+    p = state['opt']['state'][0]
+    def other(d, **kw): return {**d, **kw}
+    def opt(**kw): return other(state['opt'], state=[other(p, **kw), *state['opt']['state'][1:]])
+    def row(i, v): return [[*rows[0][:i], v, *rows[0][i+1:]], *rows[1:]]
+    def model(v): return other(state['model'], **{weight: v})
+    def rngs(**kw): return [other(rng, **kw)]
+    w, numpy, groups, nan = state['model'][weight], rng['numpy'], state['opt']['hypers'], math.nan
+    return dict(
+        data=[None, [], [16], [16, -8], [16, True], ['16', 8], [16, 8, 3, 4], 'ab', {}],
+        seconds=[None, 'x', -1, nan, math.inf, True, [1], 10**400, 1e300],
+        rng=[None, [], [None], [3], 'a', {}, [{k: v for k,v in rng.items() if k != 'python'}], rngs(more=1),
+            rngs(cuda=1), rngs(python=python_state[:2]), rngs(python=[3, [2**40]*625, None]),
+            rngs(python=[3, [0]*624 + [10**6], None]),
+            rngs(dls=[]), rngs(dls=[[3, [0]*624, None]]*2), rngs(torch=torch.zeros(3)), rngs(torch='x'),
+            rngs(torch=torch.zeros(7, dtype=torch.uint8)), rngs(numpy=numpy[:3]), rngs(numpy=['PCG64', *numpy[1:]]),
+            rngs(numpy=[*numpy[:2], 10**6, 0, 0.]), rngs(numpy=[*numpy[:2], -5, 0, 0.])],
+        rows=[None, [3], 'x', {}, [], [[]], [[4]], [[4, 1.]], row(0, 'x'), row(0, -1), row(0, 3.5), row(0, 3),
+            row(1, 'x'), row(1, -1.), row(1, nan), row(2, 'text'), row(3, None), row(4, torch.zeros(2)),
+            row(4, [1]), row(4, True),
+            [rows[0][:-1]], [[*rows[0], 1.]], [*rows, rows[0]], [*rows, [10**6, *rows[0][1:]]]],
+        model=[None, [], {}, 'x', {3: 1}, other(state['model'], more=torch.zeros(1)), model(None),
+            model(torch.zeros(0)), model(torch.zeros(1)),
+            model(torch.zeros_like(w, dtype=torch.int32)), model(w.to_sparse())],
+        opt=[None, [], {}, dict(state=[], hypers=[]), opt(grad_avg=3), opt(grad_avg=torch.zeros(1)), opt(sqr_avg='x'),
+            opt(step=-1), opt(step=1.5), opt(step=None), opt(step=True), opt(do_wd=2), opt(more=torch.zeros(2)),
+            other(state['opt'], hypers=[dict(lr='x')]), other(state['opt'], hypers=[{}]), other(state['opt'], more=1),
+            other(state['opt'], hypers=[other(groups[0], lr=None)]), other(state['opt'], state=[p])],
+        scaler=[None, [], 'x', dict(scale='x'), dict(scale=None), {3: 3}],
+        losses=[None, 3, [1.]*n, torch.zeros(n, dtype=torch.int64), torch.zeros(n-1), torch.zeros(n, 1)],
+        lrs=[None, 3, 'x', [], ['x']*n, [None]*n, [1.]*(n+1), {}, torch.zeros(n)],
+        hps=[None, [], {}, dict(lr=[], mom=[]), dict(lr=[1.]*n), other(state['hps'], lr=['x']*n),
+            other(state['hps'], more=[1.]*n), other(state['hps'], mom=3)],
+        smooth_loss=[None, 3., 'x', torch.zeros(1), torch.zeros((), dtype=torch.int64)],
+        format=[None, 0, 2, '1', 1.5, [], {}, torch.zeros(2)])
+
+@pytest.mark.parametrize('opt', ['NAdam', 'ranger'])
+def test_every_entry_of_a_checkpoint_is_checked(opt, tiny, tmp_path, stop, capsys, monkeypatch):
+    "Left out, or of another type, value, length or nesting: one line names file and entry, and nothing is trained"
+    assert stop(KeyboardInterrupt(), argv(**tiny, opt=opt, out='stopped')) == 130
+    monkeypatch.setattr(Learner, '_do_fit', lambda *a, **k: pytest.fail('it trains'))
+    file = tmp_path/'stopped'/'checkpoint.pth'
+    state = torch.load(file, weights_only=True)
+    bad = forged(state)
+    assert {*bad} == {*state}
+    def refused_with(changed, k, v):
+        torch.save(changed, file)
+        capsys.readouterr()
+        assert main(['--resume', 'stopped']) == 2, (k, v)
+        out, err = capsys.readouterr()
+        assert err.count('\n') == 1 and 'stopped/checkpoint.pth' in err and k in err and len(err) < 600, (k, v, err)
+        assert not [o for o in ('to resume', 'resumes after', 'accuracy') if o in out], (k, v, out)
+    for k in state:
+        refused_with({o: v for o,v in state.items() if o != k}, k, 'left out')
+        # all of them for one optimizer, a few for the other
+        some = bad[k] if opt == 'NAdam' else random.sample(bad[k], min(3, len(bad[k])))
+        for v in some: refused_with({**state, k: v}, k, v)
+    refused_with({**state, 'more': 1}, 'more', 'added')
+
+written = ['args.json', 'checkpoint.pth', 'history.csv', 'history.png', 'model.pth']
+written += [f'.{o}.part' for o in written]
+
+@pytest.mark.parametrize('make', [os.mkfifo, lambda f: f.symlink_to('/dev/zero'), lambda f: f.symlink_to(f),
+    lambda f: f.symlink_to('../victim')], ids=['pipe', 'endless', 'link to itself', 'link'])
+@pytest.mark.parametrize('name', [*written, 'lr_find.png', '.lock', 'anything'])
+def test_resume_in_a_hostile_folder(name, make, stopped_copy, tmp_path, capsys, monkeypatch):
+    "A link or a pipe in place of any file: one line, nothing is trained, and nothing outside has changed"
+    monkeypatch.setattr(Learner, '_do_fit', lambda *a, **k: pytest.fail('it trains'))
+    (tmp_path/'victim').write_text('precious')
+    (stopped_copy/name).unlink(missing_ok=True)
+    make(stopped_copy/name)
+    assert f'copy/{name}' in refused(capsys, ['--resume', str(stopped_copy)])
+    assert (tmp_path/'victim').read_text() == 'precious'
+
+@pytest.mark.parametrize('name', ['history.csv', 'checkpoint.pth', '.history.png.part', 'model.pth'])
+def test_nothing_is_written_through_a_hard_link(name, stopped_copy, whole, tmp_path):
+    place, victim = stopped_copy/name, tmp_path/'victim'
+    if place.exists(): place.rename(victim)
+    else: victim.write_bytes(b'precious')
+    before = victim.read_bytes()
+    os.link(victim, place)
+    assert main(['--resume', str(stopped_copy)]) == 0
+    assert victim.read_bytes() == before
+    same_run(stopped_copy, whole)
+
+@pytest.fixture(scope='module')
+def stopped_once(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp('once')/'out'
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train_room, 'new_learner', lambda *args: new_learner(*args).add_cb(Stop(KeyboardInterrupt(), 1)))
+        assert main(argv(**tiny, seed=7, out=path)) == 130
+    return path
+
+@pytest.fixture
+def stopped_copy(stopped_once, tmp_path):
+    shutil.copytree(stopped_once, tmp_path/'copy')
+    return tmp_path/'copy'
+
 @pytest.mark.parametrize('args,message', [
-    ('--resume nowhere', "args: no such file: 'nowhere/args.json'"), ('--resume {run}', 'holds a run that is finished'),
+    ('--resume nowhere', "resume: no such folder: 'nowhere'"),
+    ('--resume {run}', 'holds a run that is finished'),
     ('--resume {run} --epochs 9', 'give resume alone, without epochs'),
     ('--resume {run} --out other', 'give resume alone, without out'),
     ('--resume {run} --args a.json', 'give resume alone, without args'),

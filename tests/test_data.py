@@ -1,5 +1,5 @@
 "The digits, downloads, and folders of images, whole and damaged"
-import http.server, io, shutil, tarfile, threading
+import http.server, io, os, shutil, signal, tarfile, threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np, pytest, torch
@@ -152,6 +152,40 @@ def test_what_is_not_used_is_not_read(folder):
     assert list(list_images(folder)) == list(before)
     check_images(list_images(folder))
     assert len(get_dls(folder, size=8, bs=4).valid_ds) == 8
+
+@pytest.fixture
+def in_time():
+    "A test that hangs fails"
+    def late(*_): raise AssertionError('it hangs')
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGALRM'), reason='no alarm here')
+def test_only_files_two_levels_down_are_listed(folder, in_time):
+    "Links in a circle, pipes, folders called as images, links to nowhere and to themselves are passed over"
+    before, cat = list(list_images(folder)), folder/'train'/'cat'
+    links = (('train/cat/up', '..'), ('train/dog/up', '..'), ('train/cat/all', folder), ('train/more', 'more'),
+            ('val/up', '..'), ('val/cat/up.png', '..'), ('train/cat/no.png', 'nowhere'),
+            ('train/cat/self.png', 'self.png'), ('val/dog/null.png', os.devnull), ('notes', '.'))
+    for at,to in links: (folder/at).symlink_to(to)
+    os.mkfifo(cat/'x.png')
+    os.mkfifo(folder/'train'/'x.png')
+    (cat/'folder.png').mkdir()
+    assert list(list_images(folder)) == before
+    check_images(list_images(folder))
+
+def test_links_to_images_are_followed(folder, tmp_path):
+    "Of an image, and of all images of a class"
+    before = list_images(folder)
+    (folder/'train'/'cat'/'0.png').rename(tmp_path/'other.png')
+    (folder/'train'/'cat'/'0.png').symlink_to(tmp_path/'other.png')
+    (folder/'val'/'dog').rename(tmp_path/'dogs')
+    (folder/'val'/'dog').symlink_to(tmp_path/'dogs')
+    assert list(list_images(folder)) == list(before)
+    check_images(list_images(folder))
 
 @pytest.mark.parametrize('name', ['train', 'val', 'valid'])
 def test_a_folder_that_is_itself_called(name, folder, tmp_path):

@@ -1,5 +1,5 @@
 "nadam-train: what it takes and what comes out"
-import inspect, json, os, re, subprocess, sys
+import inspect, json, math, os, re, subprocess, sys
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
@@ -8,7 +8,7 @@ from fastai.vision.all import Callback, Image, Learner, Path
 from fastai_nadam.tools import train as room
 from fastai_nadam.tools.checkpoint import read_args
 from fastai_nadam.tools.data import list_images
-from fastai_nadam.tools.train import archs, check_model, main, new_config, new_learner, opt_funcs, train
+from fastai_nadam.tools.train import archs, check_model, main, new_config, new_learner, opt_funcs, options, train
 from helpers import same
 from runs import argv, folder, here, history, names, refused, tiny, weights
 
@@ -126,13 +126,14 @@ def test_the_implementation_is_told(tiny, monkeypatch, capsys):
         assert re.fullmatch(rf'optimizer  {opt}, eps .*, sqr_mom 0.99, wd 0.01{impl}', line), line
 
 def test_the_folder_is_listed_once(tiny, folder, monkeypatch):
-    walk, seen = os.walk, []
-    def noted(path, *args, **kwargs):
-        seen.append(Path(path))
-        return walk(path, *args, **kwargs)
-    monkeypatch.setattr(os, 'walk', noted)
+    scandir, seen = os.scandir, []
+    def noted(path='.'):
+        if not isinstance(path, int): seen.append(Path(path))
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', noted)
     train(**{**tiny, 'epochs': 1}, find_lr=True)
-    assert sorted(p for p in seen if p == folder or folder in p.parents) == [folder/'train', folder/'val']
+    seen = [p for p in seen if folder in p.parents]
+    assert sorted(seen) == sorted({*seen}) and {folder/'train', folder/'val'} < {*seen}
 
 def test_from_python(tiny, tmp_path):
     learn = train(**{**tiny, 'epochs': 1}, lr=1e-3, find_lr=False, fp16=False, out='here')
@@ -150,8 +151,11 @@ def test_article():
 @pytest.mark.parametrize('args,message', [
     ('--data nowhere', "no such folder: '{}/nowhere'"),
     ('--data {folder}/train', "has no folder 'train'"),
-    ('--opt Nadam', "opt must be one of NAdam, DozatNAdam, Adam, RAdam, ranger, got 'Nadam'"),
+    ('--opt Nadam', "opt must be one of NAdam, DozatNAdam, Adam, RAdam, ranger, got 'Nadam'; did you mean NAdam?"),
+    ('--opt adam', "got 'adam'; did you mean Adam?"), ('--opt sgd', "got 'sgd'"),
     ('--arch xresnet35', "xresnet34, "),
+    ('--num_workers 1000000', 'num_workers must be at most 256, got 1000000'),
+    ('--seed 4294967296', 'seed must be at most'),
     ('--arch alexnet --size 8', 'alexnet cannot train on batches of 64 images of 8 x 8 pixels'),
     ('--arch googlenet --size 224', 'googlenet cannot train on'),
     ('--arch xsenet154', 'xsenet154 cannot train on'),
@@ -165,7 +169,8 @@ def test_article():
     ('--seed 18446744073709551616', 'seed must be'), ('--num_workers -1', 'num_workers must be'),
     ('--lr -0.1', 'lr must be a finite number'), ('--lr nan', 'lr must be a finite number'), ('--lr inf', 'lr must be'),
     ('--wd -1', 'wd must be'), ('--eps -1', 'eps must be'), ('--moms 1', "moms must be numbers in [0, 1), got '1'"),
-    ('--moms .9,.8', 'moms must be three numbers, or one'),
+    ('--moms .9,.8', 'moms must be three numbers, or one'), ('--moms 1,2', 'moms must be three numbers, or one'),
+    ('--moms .9,,.8', 'moms must be numbers in [0, 1)'),
     ('--moms fast', "moms must be numbers in [0, 1), got 'fast'"),
     ('--mom .9', 'unrecognized arguments: --mom .9; did you mean --moms?'),
     ('--sqr_mom 1.5', 'sqr_mom must be in [0, 1)'),
@@ -194,10 +199,42 @@ def test_fp16_without_gpu(capsys): assert 'fp16 needs a CUDA GPU' in refused(cap
     ('{"args": {"depth": 3}, "versions": {}}', 'no such option: depth'),
     ('{"args": {"bs": "many"}, "versions": {}}', "bs must be a whole number from 1, got 'many'"),
     ('{"args": {"opt": ["NAdam"]}, "versions": {}}', 'opt must be a name'),
-    ('{"args": {"data": 3}, "versions": {}}', 'data must be')])
+    ('{"args": {"data": 3}, "versions": {}}', 'data must be'), ('['*100_000, 'nested too deeply'),
+    ('{"args": {}, "versions": {"torch": "\\u001b[2J"}}', 'versions.torch must be'),
+    ('{"args": {}, "versions": {"\\u001b[2J": "1"}}', 'a name in versions must be'),
+    ('{"args": {}, "versions": {"torch": 2}}', 'versions.torch must be'),
+    ('{"args": {}, "versions": []}', 'versions must be'),
+    ('{"args": {}, "versions": {}, "device": "\\u009b2J"}', 'device must be'),
+    ('{"args": {}, "versions": {}, "more": 1}', 'no such entry: more'), ('\0', 'zero byte'), ('null', 'must be')])
 def test_args_refused(text, message, tmp_path, capsys):
     (tmp_path/'args.json').write_text(text)
-    assert message in refused(capsys, ['--args', 'args.json'])
+    err = refused(capsys, ['--args', 'args.json'])
+    assert message in err and err[:-1].isprintable()
+    assert err.startswith("nadam-train: args: 'args.json' is no args.json of a run: ")
+
+bad = dict.fromkeys(['size', 'bs', 'epochs'], [None, 0, -1, 1.5, '3', True, [3], {}, 10**400, math.nan])
+bad |= dict.fromkeys(['num_workers', 'seed'], [None, -1, 1.5, '3', False, [3], 10**6*10**6, -math.inf])
+bad |= dict.fromkeys(['lr'], [None, -1, '0.1', True, [1], math.nan, math.inf, 10**400])
+bad |= dict.fromkeys(['wd', 'eps'], [-1, '0.1', True, [1], math.nan, math.inf, {}])
+bad |= dict(sqr_mom=[1, -1, '0.1', True, math.nan])
+bad |= dict(moms=[True, [1], [.9, .8], ['.9']*2, [.9, .8, math.nan], {}, 1, [[.9]*3]])
+bad |= dict.fromkeys(['opt', 'arch', 'data'], [None, 3, True, ['x'], {}, '\x1b[2J', 'x\ny'])
+bad |= dict.fromkeys(['fp16', 'channels_last'], [None, 0, 1, 'yes', []])
+
+@pytest.mark.parametrize('k', bad)
+def test_each_option_in_a_file_is_checked(k, tmp_path):
+    "Everything that JSON can hold, before any of it is used"
+    assert {*bad} == {*options}
+    for v in bad[k]:
+        (tmp_path/'args.json').write_text(json.dumps(dict(args={k: v}, versions={})))
+        with pytest.raises(ValueError, match=f"^args: 'args.json' is no args.json of a run: args.{k}") as e:
+            train(args='args.json')
+        assert len(str(e.value)) < 400 and str(e.value).isprintable()
+
+@pytest.mark.parametrize('make', [lambda p: os.mkfifo(p), lambda p: p.symlink_to('/dev/zero'), lambda p: p.mkdir()])
+def test_args_that_are_no_file(make, tmp_path, capsys):
+    make(tmp_path/'args.json')
+    assert "args: no such file: 'args.json'" in refused(capsys, ['--args', 'args.json'])
 
 def test_damaged_folder(tiny, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Learner, 'fit', lambda *a, **k: pytest.fail('it trains'))
@@ -251,9 +288,10 @@ def test_help_has_every_option_and_default(capsys):
     text = re.sub(r'\s+', ' ', capsys.readouterr().out)
     assert e.value.code == 0
     for k in inspect.signature(train).parameters: assert f' --{k} ' in text
-    for k,v in room.digits_config.items():
-        other = room.photos_config[k]
-        assert f'(default: {v} for the digits, {other} otherwise)' in text if v != other else f'(default: {v})' in text
+    for o in options.values():
+        if o.digits is None or o.digits is False: continue
+        default = f'{o.digits}' if o.digits == o.photos else f'{o.digits} for the digits, {o.photos} otherwise'
+        assert f'{o.help} (default: {default})' in text
 
 # The main job
 

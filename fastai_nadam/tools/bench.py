@@ -181,10 +181,12 @@ def show_table(df:pd.DataFrame) -> pd.DataFrame:
     for k in [o for o in names if o in df]:
         t, name = times(df, k), names[k]
         res[name, 'ms'] = t.median().map(num)
-        for to,title in {reference: '× fused AdamW', 'fastai Adam': '× fastai Adam'}.items():
-            if to in t: res[name, title] = ratios(t, to).apply(lambda r: span(*r), axis=1)
+        res[name, '× fused AdamW'] = ratios(t).apply(lambda r: span(*r), axis=1)
     if 'batch' in df:
-        part = times(df, 'in_batch') / times(df, 'batch')
+        t = times(df, 'batch')
+        if 'fastai Adam' in t:
+            res['whole batch', '× fastai Adam'] = ratios(t, 'fastai Adam').apply(lambda r: span(*r), axis=1)
+        part = times(df, 'in_batch') / t
         res['whole batch', 'of it step and zero_grad, %'] = (100*part).median().map(num)
     if 'step' in df:
         res['step', '× memory limit'] = (times(df, 'step').median() / df.limit).map(num)
@@ -324,6 +326,7 @@ def check_device(device, dtype):
 
 def check_file(k, file, end=''):
     "Check that `file` can be written to, before anything is measured. Raises a `ValueError`"
+    if file and Path(file).is_symlink(): raise ValueError(f"{k}: {file!r} is a link")
     if file and not (file.endswith(end) and Path(file).absolute().parent.is_dir() and not Path(file).is_dir()):
         raise ValueError(f"{k} must be a{end and f' {end}'} file in a folder that exists, got {file!r}")
 

@@ -38,13 +38,13 @@ class _Parser(argparse.ArgumentParser):
     def print_help(self, file=None):
         print(self.format_help(), end='', file=file, flush=True) # argparse would pass over a full disk
 
-def _parser(func, prog, defaults):
+def _parser(func, prog, defaults, helps):
     "A parser with an option for each argument of `func`. What is not given on the command line is not in the result"
     p = _Parser(prog=prog, description=func.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for k,v in docments(func, full=True, returns=False).items():
-        default = defaults.get(k, v.default)
+        text, default = helps.get(k, v.docment), defaults.get(k, v.default)
+        if default is not None and default is not False: text += f' (default: {default})'
         kw = dict(action='store_true') if v.anno == bool else dict(type=v.anno, metavar=k.upper())
-        text = v.docment + (f' (default: {default})' if default is not None else '')
         p.add_argument(f'--{k}', help=text.replace('%', '%%'), **kw)
     return p
 
@@ -57,7 +57,8 @@ def cli(
     func, # Function to run, with annotated arguments
     prog:str, # Name of the command
     argv:list|None=None, # Arguments; None: those of the process
-    defaults:dict={} # Argument → text of its default, where that is not the one in the signature
+    defaults:dict={}, # Argument → text of its default, where that is not the one in the signature
+    helps:dict={} # Argument → its help, where it has no comment beside it
 ) -> int: # Exit code
     "Run `func` as a command"
     def fail(code, msg):
@@ -70,7 +71,7 @@ def cli(
     try:
         if getattr(signal.getsignal(signal.SIGINT), '__name__', '') == 'interrupted': # see tools/__init__.py
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        func(**vars(_parser(func, prog, defaults).parse_args(argv)))
+        func(**vars(_parser(func, prog, defaults, helps).parse_args(argv)))
         sys.stdout.flush()
     except KeyboardInterrupt: return fail(130, 'interrupted')
     except BrokenPipeError: # the reader of a pipe has gone
@@ -136,22 +137,22 @@ def versions() -> dict: # Name → version
     return {'fastai_nadam': __version__, **others, 'python': platform.python_version()}
 
 # %% ../../nbs/10_cli.ipynb #c1a2
-def read_text(file:str|Path, limit:int=10**8) -> str:
-    "The text of a file of at most `limit` bytes. Raises a `ValueError`"
+def read_text(file:str|Path, limit:int=10**8, odd:str='is invalid') -> str:
+    "The text of a file of at most `limit` bytes. Raises a `ValueError` that says `odd` of the file"
     file = Path(file)
     if not file.is_file(): raise ValueError(f"no such file: {str(file)!r}") # and no pipe either
-    if file.stat().st_size > limit: raise ValueError(f"{str(file)!r} is longer than {limit} bytes")
+    if file.stat().st_size > limit: raise ValueError(f"{str(file)!r} {odd}: longer than {limit} bytes")
     try: text = file.read_bytes().decode('utf-8')
-    except UnicodeDecodeError as e: raise ValueError(f"{str(file)!r} is no text: {e}") from e
-    if '\0' in text: raise ValueError(f"{str(file)!r} is no text: it has a zero byte")
+    except UnicodeDecodeError as e: raise ValueError(f"{str(file)!r} {odd}: {e}") from e
+    if '\0' in text: raise ValueError(f"{str(file)!r} {odd}: it has a zero byte")
     return text
 
-def read_json(file:str|Path, check) -> dict:
-    "What is in a JSON file, if `check` allows it. Raises a `ValueError`"
-    text = read_text(file, 10**6)
+def read_json(file:str|Path, check, odd:str='is invalid') -> dict:
+    "What is in a JSON file, if `check` allows it. Raises a `ValueError` that says `odd` of the file"
+    text = read_text(file, 10**6, odd)
     try: return check('', json.loads(text))
-    except RecursionError: raise ValueError(f"{str(file)!r} is invalid: nested too deeply") from None
-    except ValueError as e: raise ValueError(f"{str(file)!r} is invalid: {e}") from e
+    except RecursionError: raise ValueError(f"{str(file)!r} {odd}: nested too deeply") from None
+    except ValueError as e: raise ValueError(f"{str(file)!r} {odd}: {e}") from e
 
 # %% ../../nbs/10_cli.ipynb #8bba4f51
 _locked = set() # what this process holds, open

@@ -62,6 +62,15 @@ def data_path(data:str|Path) -> Path:
     from fastai.distributed import rank0_first # it needs accelerate
     return rank0_first(download, data)
 
+# %% ../../nbs/11_data.ipynb #20ed
+def _visible(folder): return sorted((o for o in os.scandir(folder) if not o.name.startswith('.')), key=lambda o: o.name)
+
+def images_of(part:Path) -> L:
+    "The images `part/<class>/<name>`, in order: files, or links to files, and nothing deeper"
+    classes = [o for o in _visible(part) if os.path.isdir(o)]
+    files = L(Path(o) for c in classes for o in _visible(c) if os.path.isfile(o))
+    return files.filter(lambda f: f.suffix.lower() in image_extensions)
+
 # %% ../../nbs/11_data.ipynb #20ec
 def list_images(
     path:str|Path # Folder with images in `train/<class>/` and `val/<class>/`
@@ -73,8 +82,7 @@ def list_images(
     for o in ('train', valid):
         if not (path/o).is_dir():
             raise ValueError(f"{str(path)!r} has no folder {o!r}; images belong in train/<class>/ and val/<class>/")
-    def images(part): return get_image_files(part).filter(lambda f: f.parent.parent == part).sorted()
-    train, val = images(path/'train'), images(path/valid)
+    train, val = images_of(path/'train'), images_of(path/valid)
     train_cls, val_cls = (set(o.map(parent_label)) for o in (train, val))
     n = len(train_cls)
     if n < 2: raise ValueError(f"{str(path/'train')!r} has images of {n} class{'es'*(n != 1)}; two or more are needed")
@@ -106,7 +114,7 @@ def image_dls(
     tfms=photo_tfms, # Function of `size` that gives item transforms and augmentations of a batch
     num_workers:int|None=None # Processes that load images, 0: none; None: one per CPU core, at most 16
 ) -> DataLoaders:
-    "`DataLoaders` of listed images. Raises a `ValueError` if a number does not do"
+    "`DataLoaders` of listed images. Raises a `ValueError` if a number is not allowed"
     check_int('size', size)
     check_int('bs', bs)
     item_tfms, aug = tfms(size)

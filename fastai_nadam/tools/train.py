@@ -6,17 +6,19 @@
 __all__ = ['make_learner', 'train']
 
 # %% ../../nbs/13_train.ipynb #03ec
+from collections import namedtuple
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib.util import find_spec
+from inspect import Parameter, Signature
 
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastai.vision.models import xresnet
 from torchvision import models as tvm
-from .checkpoint import Checkpoint, read_args, run_folder, save_args
-from ..checks import check_hyper, check_int
-from .cli import atomic_save, cli, has_bars, save_fig
+from .checkpoint import Checkpoint, any_number, anything, misfit, read_args, run_folder, save_args
+from ..checks import allow, check_hyper, each, entries, flag, hyper, optional, sequence, whole
+from .cli import atomic_save, cli, did_you_mean, has_bars, save_fig
 from .data import check_images, data_path, downloads, get_dls, list_images
 from ..optimizer import DozatNAdam, NAdam, plain
 
@@ -26,19 +28,60 @@ xresnets = [k for k in xresnet.__all__ if k.startswith('x')]
 archs = [*tvm.list_models(module=tvm), *xresnets]
 
 # %% ../../nbs/13_train.ipynb #12ec
-base_config = dict(data='digits', arch='xresnet34', opt='NAdam', moms=None, wd=None, sqr_mom=None, eps=None,
-    fp16=False, channels_last=False, seed=42)
-digits_config = dict(size=24, bs=64, epochs=5, lr=3e-3, num_workers=0)
-photos_config = dict(size=224, bs=64, epochs=10, lr=1e-3, num_workers=min(16, defaults.cpus))
-article_config = dict(data='imagenette', arch='xresnet34', opt='NAdam', wd=0.01, eps=1e-8,
-    size=224, bs=64, epochs=10, lr=1e-3)
+def is_path(k, v): return allow('a name or a path', lambda v: isinstance(v, (str, Path)) and str(v).isprintable())(k, v)
+
+def is_opt(k, v):
+    "Allow the name of an optimizer"
+    if is_path(k, v) in opt_funcs: return v
+    raise ValueError(f"{k} must be one of {', '.join(opt_funcs)}, got {v!r}{did_you_mean(str(v), opt_funcs)}")
+
+def is_arch(k, v):
+    "Allow the name of a network"
+    if is_path(k, v) in archs: return v
+    near = ', '.join(get_close_matches(str(v), archs, cutoff=0))
+    raise ValueError(f"{k} must be an xresnet of fastai's or a network of torchvision's, such as {near}, got {v!r}")
+
+def is_moms(k, v):
+    "Allow what `parse_moms` takes"
+    try: return parse_moms(v)
+    except ValueError as e: raise ValueError(str(e).replace('moms', k, 1)) from e
+
+Option = namedtuple('Option', 'type digits photos allowed help')
+
+options = dict(
+    data=Option(str, 'digits', 'digits', is_path,
+        '`digits`, `imagenette`, `imagewoof`, or a folder with images in train/<class>/ and val/<class>/'),
+    arch=Option(str, 'xresnet34', 'xresnet34', is_arch,
+        "Network: an xresnet of fastai's or a classification network of torchvision's"),
+    opt=Option(str, 'NAdam', 'NAdam', is_opt, f"Optimizer: {', '.join(opt_funcs)}"),
+    size=Option(int, 24, 224, whole(1, 10_000), 'Side of the square images, in pixels'),
+    bs=Option(int, 64, 64, whole(1, 10**6), 'Images per batch, in each process'),
+    epochs=Option(int, 5, 10, whole(1, 10**6), 'Number of times to go through the training images'),
+    lr=Option(float, 3e-3, 1e-3, hyper('lr'), 'Learning rate at the peak of the cycle'),
+    moms=Option(str, None, None, optional(is_moms),
+        'Momentum (beta1) over the cycle: three numbers, or one that is constant (default: .95,.85,.95)'),
+    wd=Option(float, None, None, optional(hyper('wd')), "Weight decay, decoupled (default: the optimizer's own)"),
+    sqr_mom=Option(float, None, None, optional(hyper('sqr_mom')),
+        "Coefficient of the average of squared gradients (beta2; default: the optimizer's own)"),
+    eps=Option(float, None, None, optional(hyper('eps')),
+        "Added to the denominator of the step (default: the optimizer's own)"),
+    fp16=Option(bool, False, False, flag, 'Mixed precision; needs a CUDA GPU'),
+    channels_last=Option(bool, False, False, flag, 'Keep weights in the channels-last memory format'),
+    seed=Option(int, 42, 42, whole(0, 2**32-1), 'Seed of weights, batches and augmentation'),
+    num_workers=Option(int, 0, min(16, defaults.cpus), whole(0, 256),
+        'Processes that load images, 0: none. Another number draws other random crops'))
+
+# %% ../../nbs/13_train.ipynb #12ee
+article_config = dict(data='imagenette', arch='xresnet34', opt='NAdam', size=224, bs=64, epochs=10, lr=1e-3,
+    wd=0.01, eps=1e-8)
 
 # %% ../../nbs/13_train.ipynb #027ee228
 def parse_moms(moms:str|float|tuple) -> tuple:
     "Momentum at the start, the peak and the end of the cycle; one is constant. Raises a `ValueError`"
-    try: vals = [check_hyper('mom', float(o)) for o in (moms.split(',') if isinstance(moms, str) else L(moms))]
-    except (TypeError, ValueError) as e: raise ValueError(f"moms must be numbers in [0, 1), got {moms!r}") from e
+    vals = moms.split(',') if isinstance(moms, str) else list(L(moms))
     if len(vals) not in (1, 3): raise ValueError(f"moms must be three numbers, or one that is constant, got {moms!r}")
+    try: vals = [check_hyper('mom', float(o)) for o in vals]
+    except (TypeError, ValueError) as e: raise ValueError(f"moms must be numbers in [0, 1), got {moms!r}") from e
     return tuple(vals * (3//len(vals)))
 
 # %% ../../nbs/13_train.ipynb #14ec
@@ -67,33 +110,18 @@ def check_gpu(fp16:bool):
         raise ValueError("training in several processes needs accelerate: pip install accelerate")
 
 # %% ../../nbs/13_train.ipynb #19ec
-def check_config(config:AttrDict):
-    "Check the options of a run. Raises a `ValueError` that names the option"
-    for k in ('data', 'arch', 'opt'):
-        if not isinstance(config[k], (str, Path)): raise ValueError(f"{k} must be a name or a path, got {config[k]!r}")
-    for k in ('fp16', 'channels_last'):
-        if not isinstance(config[k], bool): raise ValueError(f"{k} must be True or False, got {config[k]!r}")
-    if config.opt not in opt_funcs: raise ValueError(f"opt must be one of {', '.join(opt_funcs)}, got {config.opt!r}")
-    if config.arch not in archs:
-        near = ', '.join(get_close_matches(str(config.arch), archs, cutoff=0))
-        raise ValueError(f"arch must be an xresnet of fastai's or a network of torchvision's, such as {near}, "
-            f"got {config.arch!r}")
-    for k,low in dict(size=1, bs=1, epochs=1, seed=0, num_workers=0).items(): check_int(k, config[k], low)
-    if config.seed >= 2**32: raise ValueError(f"seed must be below {2**32}, got {config.seed}")
-    for k in ('lr', 'wd', 'sqr_mom', 'eps'):
-        if config[k] is not None: check_hyper(k, config[k])
-    check_gpu(config.fp16)
-    check_model(config.arch, config.size, config.bs)
+option_entries = entries({}, maybe={k: o.allowed for k,o in options.items()}, noun='option')
 
 def new_config(article:bool=False, **given) -> AttrDict:
     "All options of a run, of which some were given, checked. Raises a `ValueError` that names the option"
-    odd = sorted(given.keys() - {**base_config, **digits_config}.keys())
-    if odd: raise ValueError(f"no such option: {', '.join(odd)}")
-    config = {**base_config, **(article_config if article else {}), **given}
-    config = AttrDict({**(digits_config if config['data'] == 'digits' else photos_config), **config})
+    option_entries('', given)
+    given = {**(article_config if article else {}), **given}
+    kind = 'digits' if given.get('data', 'digits') == 'digits' else 'photos'
+    config = AttrDict({k: given.get(k, getattr(o, kind)) for k,o in options.items()})
     if config.moms is not None: config.moms = parse_moms(config.moms)
-    check_config(config)
     if config.data not in ('digits', *downloads): config.data = str(Path(config.data).expanduser().absolute())
+    check_gpu(config.fp16)
+    check_model(config.arch, config.size, config.bs)
     return config
 
 # %% ../../nbs/13_train.ipynb #24ec
@@ -191,47 +219,64 @@ def default_out(config:AttrDict) -> Path:
     return first((Path(f'{name}-{i}' if i > 1 else name) for i in itertools.count(1)), lambda p: not p.exists())
 
 # %% ../../nbs/13_train.ipynb #dd5c6aeb
-def check_given(given:dict):
+def check_together(options, find_lr, article, args, resume, out):
     "Check that the arguments of `train` go together. Raises a `ValueError`"
-    given = [k for k,v in given.items() if v is not False]
-    for a,b in (('lr', 'find_lr'), ('args', 'article')):
-        if a in given and b in given: raise ValueError(f"give {a} or {b}, not both")
-    more = [k for k in given if k != 'resume']
-    if 'resume' in given and more: raise ValueError(f"give resume alone, without {more[0]}: a run resumes as it began")
-    if 'find_lr' in given and num_distrib() > 1: raise ValueError("find_lr works in one process only")
+    if find_lr and 'lr' in options: raise ValueError("give lr or find_lr, not both")
+    if find_lr and num_distrib() > 1: raise ValueError("find_lr works in one process only")
+    if article and args: raise ValueError("give args or article, not both")
+    more = [*options, *(k for k,v in dict(find_lr=find_lr, article=article, args=args, out=out).items() if v)]
+    if resume and more: raise ValueError(f"give resume alone, without {more[0]}: a run resumes as it began")
+
+def saved_options(args, resume):
+    "The options in the file `args`, or in the folder `resume`. Raises a `ValueError`"
+    if resume and not Path(resume).is_dir(): raise ValueError(f"resume: no such folder: {resume!r}")
+    k, file = ('resume', Path(resume)/'args.json') if resume else ('args', args)
+    try: return read_args(file, option_entries)
+    except ValueError as e: raise ValueError(f"{k}: {e}") from e
+
+# %% ../../nbs/13_train.ipynb #60eb
+def check_rows(checkpoint):
+    "Check that the epochs of a resumed run have two losses and an accuracy. Raises a `ValueError`"
+    try: each(sequence(anything, anything, *[any_number]*3))('rows', checkpoint.rows)
+    except ValueError as e: raise misfit(checkpoint.file, e) from e
+
+def fit(learn, config, cbs):
+    "Train, in all processes, with progress bars where they can be shown"
+    with learn.distrib_ctx() if num_distrib() > 1 else nullcontext():
+        with nullcontext() if has_bars() else plain_log(learn):
+            learn.fit_one_cycle(config.epochs, config.lr, cbs=cbs)
+
+class HistoryLogger(CSVLogger):
+    "fastai's `CSVLogger`. It would write through a link, so its file is made here"
+    def before_fit(self):
+        with atomic_save(self.path/self.fname): pass
+        super().before_fit()
+
+def summary(learn, seconds):
+    "How a run has ended, on one line"
+    scores = dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1]))
+    return ', '.join(f'{k} {v:.4f}' for k,v in reversed(scores.items())) + f' in {seconds:.0f} s; see {learn.path}'
 
 # %% ../../nbs/13_train.ipynb #60ec
-def train(
-    data:str=None, # `digits`, `imagenette`, `imagewoof`, or a folder with images in train/<class>/ and val/<class>/
-    arch:str=None, # Network: an xresnet of fastai's or a classification network of torchvision's
-    opt:str=None, # Optimizer: NAdam, DozatNAdam, Adam, RAdam or ranger
-    size:int=None, # Side of the square images, in pixels
-    bs:int=None, # Images per batch, in each process
-    epochs:int=None, # Number of times to go through the training images
-    lr:float=None, # Learning rate at the peak of the cycle
-    moms:str=None, # Momentum (beta1) over the cycle: three numbers, such as .95,.85,.95, or one that is constant
-    wd:float=None, # Weight decay, decoupled
-    sqr_mom:float=None, # Coefficient of the average of squared gradients (beta2)
-    eps:float=None, # Added to the denominator of the step
-    fp16:bool=None, # Mixed precision; needs a CUDA GPU
-    channels_last:bool=None, # Keep weights in the channels-last memory format
-    seed:int=None, # Seed of weights, batches and augmentation
-    num_workers:int=None, # Processes that load images, 0: none. Another number draws other random crops
-    find_lr:bool=None, # Train with the learning rate that lr_find suggests, instead of lr
-    article:bool=None, # The article's options for Imagenette; options that are given win over them
+def train(*,
+    find_lr:bool=False, # Train with the learning rate that lr_find suggests, instead of lr
+    article:bool=False, # The article's options for Imagenette; options that are given win over them
     args:str=None, # args.json of an earlier run to repeat; options that are given win over it
     resume:str=None, # Folder of a run that was stopped, to continue after its last whole epoch; takes no other option
-    out:str=None # Folder for the results, new or empty; not given: runs/<data>-<opt>, with a number if it exists
+    out:str=None, # Folder for the results, new or empty; not given: runs/<data>-<opt>, with a number if it exists
+    **options # Those of the table above: data, arch, opt, size, bs, epochs, lr, moms, …
 ) -> Learner: # With its files in `path`
     "Train a network from scratch with NAdam and fit_one_cycle; keep history.csv, history.png, model.pth and args.json"
-    given = {k:v for k,v in locals().items() if v is not None}
-    options = {k:v for k,v in given.items() if k not in ('find_lr', 'args', 'resume', 'out')}
-    check_given(given)
-    if resume: args = Path(resume)/'args.json'
-    config = new_config(**{**(read_args(args) if args else {}), **options})
-    path, show = Path(resume or out or default_out(config)), noop if rank_distrib() else partial(print, flush=True)
-    with nullcontext(path) if rank_distrib() else run_folder(path, bool(resume)) as folder:
+    options = {k:v for k,v in options.items() if v is not None}
+    check_together(options, find_lr, article, args, resume, out)
+    saved = saved_options(args, resume) if args or resume else {}
+    config = new_config(article, **{**saved, **options})
+    path = Path(resume or out or default_out(config))
+    first = not rank_distrib() # of several processes
+    show = partial(print, flush=True) if first else noop
+    with run_folder(path, bool(resume)) if first else nullcontext(path) as folder:
         checkpoint = Checkpoint(folder/'checkpoint.pth', bool(resume))
+        check_rows(checkpoint)
         if num_distrib() > 1: setup_distrib(os.environ['LOCAL_RANK'])
         files = list_images(data_path(config.data))
         check_images(files)
@@ -240,24 +285,28 @@ def train(
             show(f'lr_find suggests a learning rate of {config.lr:.3g}')
         learn = new_learner(config, files, folder)
         show(describe(learn, config))
-        if resume: show(f'resumes after {len(checkpoint.rows)} of {config.epochs} epochs')
-        elif not rank_distrib(): save_args(config, learn, folder/'args.json')
-        cbs = [checkpoint] if rank_distrib() else [checkpoint, CSVLogger()]
-        with learn.distrib_ctx() if num_distrib() > 1 else nullcontext():
-            with nullcontext() if has_bars() else plain_log(learn):
-                learn.fit_one_cycle(config.epochs, config.lr, cbs=cbs)
-        if not rank_distrib(): save_results(learn)
-    learn.path, names, vals = path, learn.recorder.metric_names[1:-1], learn.recorder.values[-1]
-    results = ', '.join(f'{k} {v:.4f}' for k,v in reversed(list(zip(names, vals))))
-    show(f'\n{results} in {time.time()-checkpoint.begun:.0f} s; see {path}')
+        if first and not resume: save_args(config, learn, folder/'args.json')
+        fit(learn, config, [checkpoint, HistoryLogger()] if first else [checkpoint])
+        if first: save_results(learn)
+    learn.path = path
+    show(f'\n{summary(learn, time.time() - checkpoint.begun)}')
     return learn
 
+# %% ../../nbs/13_train.ipynb #60ee
+keyword = partial(Parameter, kind=Parameter.KEYWORD_ONLY)
+own = [o for o in inspect.signature(train).parameters.values() if o.kind == Parameter.KEYWORD_ONLY]
+train.__signature__ = Signature([*(keyword(k, default=None, annotation=o.type) for k,o in options.items()), *own],
+    return_annotation=Learner)
+
 # %% ../../nbs/13_train.ipynb #73ec
+def default_text(o:Option) -> str|None:
+    "The default of an option, or both"
+    if o.digits is None or o.digits is False: return None
+    return f'{o.digits}' if o.digits == o.photos else f'{o.digits} for the digits, {o.photos} otherwise'
+
 def main(argv:list|None=None) -> int:
     "`nadam-train`"
-    own, d, p = "the optimizer's own", digits_config, photos_config
-    defaults = {k: v for k,v in base_config.items() if v} | dict(moms='.95,.85,.95', wd=own, sqr_mom=own, eps=own)
-    defaults |= {k: d[k] if d[k]==p[k] else f'{d[k]} for the digits, {p[k]} otherwise' for k in d}
-    return cli(train, 'nadam-train', argv, defaults)
+    defaults = {k: default_text(o) for k,o in options.items()}
+    return cli(train, 'nadam-train', argv, defaults, helps={k: o.help for k,o in options.items()})
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
