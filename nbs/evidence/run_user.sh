@@ -5,7 +5,7 @@ cd "$(dirname "$0")"
 out=${1:-.}
 [ -d node_modules/emoji-datasource-twitter ] || npm install --no-save --no-package-lock emoji-datasource-twitter@16.0.0
 scratch="digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo houses code_conv digits_vit"
-tuned="emoji mnist digits diamonds prose_lm docstring"
+tuned="emoji digits diamonds docstring prose_lm mnist"
 arms="Adam,NAdam,NAdam(nesterov=False),DozatNAdam"
 compare() { # FOLDER FILE TASK options
     f=$1 task=$2:$3 t=$3; shift 3

@@ -139,11 +139,18 @@ def as_numbers(docs, vocab):
     index = {k: i for i,k in enumerate(vocab)}
     return [tensor([2, *(index.get(t, 0) for t in d)]) for d in docs]
 
+def check_texts(docs, sha):
+    "Raises a `ValueError` if another Python has other texts"
+    got = hashlib.sha256(repr([o.tolist() for o in docs]).encode()).hexdigest()[:len(sha)]
+    if got != sha: raise ValueError(f"the texts have the SHA-256 {got}…, the stored results had {sha}… (Python 3.11.7)")
+
 lstm = {**awd_lstm_lm_config, 'emb_sz': 96, 'n_hid': 160, 'n_layers': 2}
 
 def lm_learner(train, tune, test, vocab, opt_func, bs):
     "A language model of documents"
-    def dl(docs, **kwargs): return LMDataLoader(L((o,) for o in docs), lens=L(map(len, docs)), seq_len=36, bs=bs, **kwargs)
+    def dl(docs, **kwargs):
+        docs, lens, device = L((o,) for o in docs), L(map(len, docs)), default_device()
+        return LMDataLoader(docs, lens, bs=bs, seq_len=36, device=device, **kwargs)
     dls = DataLoaders(dl(train, shuffle=True), dl(tune), dl(test))
     dls.vocab = vocab
     return language_model_learner(dls, AWD_LSTM, config=lstm, drop_mult=0.3, pretrained=False, opt_func=opt_func,
@@ -159,6 +166,7 @@ def code():
 def code_lm(opt_func):
     docs, vocab = code()
     docs = as_numbers(docs, vocab)
+    check_texts(docs, '0c6936bd9e4e9fb5')
     return lm_learner(docs[10:], docs[:5], docs[5:10], vocab, opt_func, bs=40)
 
 @lru_cache
@@ -171,6 +179,7 @@ def prose():
 
 def prose_lm(opt_func):
     docs, vocab = prose()
+    check_texts(docs, '2301acc7cb172378')
     perm = torch.randperm(len(docs), generator=torch.Generator().manual_seed(0)).tolist()
     test, rest = [docs[i] for i in perm[:20]], [docs[i] for i in perm[20:]]
     rest = [rest[i] for i in torch.randperm(len(rest)).tolist()]
@@ -205,6 +214,7 @@ def docstring_learner(opt_func):
         pretrained=False, loss_func=CrossEntropyLossFlat(), opt_func=opt_func, metrics=accuracy)
 
 def docstring(opt_func):
+    check_texts(docstrings()[0], '2810ff097586996f')
     learn = docstring_learner(opt_func)
     weights = match_embeds(dict(pretrained(code_lm, 4, 1e-2)), code()[1], learn.dls.vocab[0])
     encoder = {k.removeprefix('0.'): v for k,v in weights.items() if k.startswith('0.')}

@@ -5,7 +5,8 @@ from fastai_nadam.tools.results import Comparison, half_width, holm
 from pooling import plain_mean
 
 here = Path(__file__).parent
-scratch = 'digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo houses code_conv digits_vit'.split()
+scratch = '''digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo
+    houses code_conv digits_vit'''.split()
 tuned = 'emoji mnist digits diamonds prose_lm docstring'.split()
 # What was compared: its folder, its tasks, is it primary? In the order of the runs
 questions = {
@@ -25,8 +26,8 @@ def effects(
     tasks:list, # Which tasks; one that has not been run is left out
     opt:str='NAdam', # Optimizer
     base:str='Adam' # Baseline
-) -> pd.DataFrame: # Index task; `diff`, `half` of its 95 % interval over seeds, `se`, `n` seeds, in per cent of the loss
-    "Difference in test loss on the same seeds; below 0 `opt` is better"
+) -> pd.DataFrame: # Index task; `diff`, `half` of its 95 % interval over seeds, `se`, `n` seeds
+    "Difference in test loss on the same seeds, in per cent of it; below 0 `opt` is better"
     rows = {}
     for t,c in comparisons(folder, tasks).items():
         e = c.effect(opt, base, log=True)
@@ -41,7 +42,7 @@ def verdict(r, margin=2):
     return 'either' if within else 'not shown'
 
 def answers(opt='NAdam', base='Adam') -> pd.DataFrame: # A row for each comparison
-    "Means over tasks in per cent of the loss, with 95 % and 90 % intervals; p is corrected by Holm, primary and others apart"
+    "Means over tasks in per cent of the loss, with 95 % and 90 % intervals; Holm corrects primary ones and others apart"
     rows = {}
     for k,(folder,tasks,primary) in questions.items():
         if len(e := effects(folder, tasks, opt, base)) < 2: continue
@@ -52,33 +53,61 @@ def answers(opt='NAdam', base='Adam') -> pd.DataFrame: # A row for each comparis
     return df.assign(verdict=[verdict(r) for r in df.itertuples()])
 
 def plot_answer(
-    groups:dict, # Tables from `effects` by title; a row of points for each task, below them the mean
-    axs=None
+    groups:dict, # Tables from `effects` by title
+    opt:str='NAdam', # What is compared, in words
+    base:str="fastai's Adam" # With what
 ):
-    "Effect on each task, and their mean"
-    axs = np.atleast_1d(axs if axs is not None else plt.subplots(1, len(groups), sharex=True, squeeze=False,
-        figsize=(5*len(groups), 0.32*max(map(len, groups.values())) + 1.5), layout='constrained')[1][0])
-    for ax,(title,e) in zip(axs, groups.items()):
+    "Effect on each task, and their mean; returns the figure"
+    height = 0.3*max(map(len, groups.values())) + 1.8
+    fig, axs = plt.subplots(1, len(groups), sharex=True, squeeze=False, figsize=(9, height), layout='constrained')
+    for ax,(title,e) in zip(axs[0], groups.items()):
         e, p = e.sort_values('diff', ascending=False), plain_mean(e)
         ys = np.arange(len(e)) + 1.5
         ax.axvspan(-2, 2, color='0.92', label='less than 2 %')
         ax.axvline(0, color='k', lw=0.8)
         ax.errorbar(e['diff'], ys, xerr=e.half, fmt='o', color='0.4', capsize=2, label='a task (95 % over seeds)')
-        ax.errorbar(p['mean'], 0, xerr=[[p['mean']-p.low], [p.high-p['mean']]], fmt='D', color='k', ms=8, lw=2, capsize=4,
-            label='mean over tasks (95 %)')
-        ax.set(yticks=[0, *ys], yticklabels=['mean', *e.index], title=title, xlabel='difference in test loss (%)')
-    return axs
+        ax.errorbar(p['mean'], 0, xerr=[[p['mean']-p.low], [p.high-p['mean']]], fmt='D', color='k', ms=7, lw=2,
+            capsize=4, label='mean over tasks (95 %)')
+        ax.set_yticks([0, *ys], ['mean', *e.index])
+        ax.set(title=title, ylim=(-.8, len(e) + 1.2))
+        ax.spines[['top', 'right']].set_visible(False)
+    fig.supxlabel(f"← {opt} is better        difference in test loss (%)        {base} is better →", fontsize='medium')
+    fig.legend(*axs[0,0].get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False)
+    return fig
+
+# In words and in pictures
 
 def num(x, digits=1): return f'{x:+.{digits}f}'.replace('-', '−')
 def said(r): return f"{num(r['mean'])} % ({num(r.low)} to {num(r.high)})"
 
+def seconds(folder, tasks, opt='NAdam', base='Adam'):
+    "Processor time of a run as a part of that of the baseline's run with the same seed: the median of each task"
+    def ratio(d): return (d[opt]/d[base]).median()
+    return pd.Series({t: ratio(c.runs.pivot(index='seed', columns='opt', values='seconds'))
+        for t,c in comparisons(folder, tasks).items()})
+
+meaning = {'take it': 'a gain is shown', 'take it, but it is worth less than 2 %': 'a gain is shown, of less than 2 %',
+    'leave it': 'it is worse', 'leave it, but it costs less than 2 %': 'it is worse, by less than 2 %',
+    'either': 'they are equal, within 2 %', 'not shown': 'no difference is shown, and one of 2 % is not excluded'}
+
 def finetune_in_short():
-    "The first screen of `tutorial.finetune`"
-    return ''
+    "The first screen of `tutorial.finetune`: the answer to question B"
+    df = answers()
+    first, name = df.loc['fine-tune, default base_lr'], 'fine-tune, best of 10 points'
+    exact = plain_mean(effects('finetune', tuned, 'NAdam(nesterov=False)'))
+    time = seconds('finetune', tuned)
+    more = f" With the best of 10 settings for each, the difference is {said(df.loc[name])}." if name in df.index else ''
+    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on {first.k:.0f} small tasks, the test loss with
+`NAdam` differs from that with fastai's `Adam` by {said(first)}: the mean over tasks, with its 95 % interval. It is
+lower on {first.better:.0f} of them. In the words of the protocol this is "{first.verdict}": {meaning[first.verdict]}.
+`NAdam(nesterov=False)`, which is `Adam` with exact bias correction, differs from it by {said(exact)}
+(exploratory).{more}
+
+What does not depend on the task: a run takes {100*(1-time.max()):.0f} to {100*(1-time.min()):.0f} % less processor time
+than with fastai's `Adam`, and frozen weights [stay where they are](#frozen-weights-that-stay)."""
 
 def plot_finetune():
     "NAdam − Adam in fine-tuning, task by task"
-    folders = {k: effects(f, t) for k,(f,t,_) in questions.items() if k.startswith('fine-tune')}
-    if not (folders := {k: e for k,e in folders.items() if len(e) > 1}): return
-    axs = plot_answer(folders)
-    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
+    titles = {'finetune': 'base_lr 2e-3, the default', 'finetune_tuned': 'best of 10 settings'}
+    groups = {title: e for f,title in titles.items() if len(e := effects(f, tuned)) > 1}
+    plot_answer(groups)
