@@ -1,5 +1,5 @@
 "Runs of a comparison are fair, survive an interruption, extend, and refuse what cannot be compared"
-import itertools, json, math, multiprocessing, os, random, re, signal, sys, time
+import itertools, json, math, multiprocessing, os, random, re, shutil, signal, subprocess, sys, time
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -178,24 +178,31 @@ def test_a_run_that_was_cut_off_is_made_again(tmp_path):
         assert len(Comparison.load(tmp_path).results) == len(whole) - 1
         assert same(compare(out=tmp_path), whole)
 
-@pytest.mark.parametrize('line, old, new', [(5, ',', ';'), (8, '$', ',1'), (7, 'False', 'no'), (4, ',0.1,', ',x,'),
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    path = tmp_path_factory.mktemp('made')
+    compare(out=path)
+    return path
+
+@pytest.fixture
+def stored(made, tmp_path): return Path(shutil.copytree(made, tmp_path/'stored'))
+
+@pytest.mark.parametrize('line, old, new', [(5, ',', ';'), (8, '$', ',1'), (7, 'False', 'no'), (3, ',0.1,', ',x,'),
     (6, 'Adam', 'adam'), (9, '.+', ''), (1, '.+', 'opt,lr'), (6, '0.0', '1e'), (4, '^tiny', 'other'), (3, '^', '"'),
     (8, ',[^,]*,False', ',-1,False'), (7, ',[012],', ',-1,'), (5, '0.1', '10'*400), (6, '$', chr(27)), (9, 'tiny', 'x'*200_000)])
-def test_a_damaged_line_is_named(line, old, new, tmp_path):
-    compare(out=tmp_path)
-    lines = (tmp_path/'results.csv').read_text().split('\n')
+def test_a_damaged_line_is_named(line, old, new, stored):
+    lines = (stored/'results.csv').read_text().split('\n')
     lines[line-1] = re.sub(old, new, lines[line-1])
-    (tmp_path/'results.csv').write_text('\n'.join(lines))
-    with pytest.raises(ValueError, match=r"results.csv' is damaged in line (\d+): ") as e: compare(out=tmp_path)
+    (stored/'results.csv').write_text('\n'.join(lines))
+    with pytest.raises(ValueError, match=r"results.csv' is damaged in line (\d+): ") as e: Comparison.load(stored)
     named = int(re.search(r'in line (\d+)', str(e.value))[1])
     assert named >= line if old == '^' else named == line # an open quote goes on to the end
-    assert len(str(e.value)) < 500 and (tmp_path/'results.csv').read_text() == '\n'.join(lines)
+    assert len(str(e.value)) < 500 and (stored/'results.csv').read_text() == '\n'.join(lines)
 
 @pytest.mark.parametrize('data', [b'\0'*50, b'\xff', b'tiny,\xff\n', b'\0\n'])
-def test_results_that_are_no_text_are_refused(data, tmp_path):
-    compare(out=tmp_path)
-    with open(tmp_path/'results.csv', 'ab') as f: f.write(data)
-    with pytest.raises(ValueError, match=r"results.csv' is no text"): compare(out=tmp_path)
+def test_results_that_are_no_text_are_refused(data, stored):
+    with open(stored/'results.csv', 'ab') as f: f.write(data)
+    with pytest.raises(ValueError, match=r"results.csv' is no text"): Comparison.load(stored)
 
 @pytest.mark.parametrize('entry, value', [(None, []), (None, 'x'), (None, None), ('settings', None), ('settings', []),
     ('versions', 3), ('versions', {'torch': 2}), ('more', 1), ('opts', 'Adam'), ('opts', None), ('opts', [1]),
@@ -203,28 +210,32 @@ def test_results_that_are_no_text_are_refused(data, tmp_path):
     ('moms', .9), ('moms', [.9, .8]), ('moms', [.9, .8, 1]), ('chance', 'x'), ('chance', math.nan), ('trial_seeds', 'x'),
     ('trial_seeds', [.5]), ('freeze_epochs', -1), ('lr_find', 1), ('batches', None), ('unknown', 1),
     ('task', 'x'*10**5), ('task', '\x1b[31m')], ids=name)
-def test_settings_are_checked_whole_before_use(entry, value, tmp_path, capsys):
-    compare(out=tmp_path)
-    file = tmp_path/'settings.json'
+def test_settings_are_checked_whole_before_use(entry, value, stored):
+    file = stored/'settings.json'
     data = json.loads(file.read_text())
     if entry is None: data = value
     elif entry in ('settings', 'versions', 'more'): data[entry] = value
     else: data['settings'][entry] = value
     file.write_text(json.dumps(data))
-    for f in (partial(Comparison.load, tmp_path), partial(compare, out=tmp_path)):
-        with pytest.raises(ValueError) as e: f()
-        msg = str(e.value)
-        assert "settings.json' is invalid: " in msg and len(msg) < 500 and '\x1b' not in msg
-        assert not entry or entry in msg
-    assert main(['--task', 'tabular', '--quick', '--out', str(tmp_path)]) == 2
+    with pytest.raises(ValueError) as e: Comparison.load(stored)
+    msg = str(e.value)
+    assert "settings.json' is invalid: " in msg and len(msg) < 500 and '\x1b' not in msg
+    assert not entry or entry in msg
+
+def test_a_command_in_a_damaged_folder_is_one_line(stored, capsys):
+    for name,text in (('settings.json', '[]'), ('results.csv', '\0\n')):
+        before = (stored/name).read_text()
+        (stored/name).write_text(text)
+        assert main(['--task', 'tabular', '--quick', '--out', str(stored)]) == 2 or name == 'results.csv'
+        with pytest.raises(ValueError, match=name): compare(out=stored)
+        (stored/name).write_text(before)
     err = capsys.readouterr().err
-    assert "settings.json' is invalid: " in err and err.count('\n') == 1 and err.startswith('nadam-compare: ')
+    assert "settings.json' is invalid: " in err and err.startswith('nadam-compare: ') and err.count('\n') == 2
 
 @pytest.mark.parametrize('text', ['', '{', '['*100_000, '"\\ud800"', '{"settings": 1e999}'])
-def test_settings_that_are_no_json_are_refused(text, tmp_path):
-    compare(out=tmp_path)
-    (tmp_path/'settings.json').write_text(text)
-    with pytest.raises(ValueError, match=r"settings.json' is invalid: "): Comparison.load(tmp_path)
+def test_settings_that_are_no_json_are_refused(text, stored):
+    (stored/'settings.json').write_text(text)
+    with pytest.raises(ValueError, match=r"settings.json' is invalid: "): Comparison.load(stored)
 
 def test_two_comparisons_in_one_folder(tmp_path):
     class Again(Callback):
@@ -248,7 +259,8 @@ def test_a_run_that_is_stopped_early_stays_what_it_was(cb):
 
 def test_a_run_that_is_stopped_in_its_first_epoch_has_a_result_too():
     class EndAtOnce(Callback):
-        def before_batch(self): raise CancelFitException()
+        def before_batch(self):
+            if self.training: raise CancelFitException()
     df = compare(lambda opt_func: tiny(opt_func, test=True, cbs=EndAtOnce()), opts=['Adam'])
     assert not df.diverged.any() and df[['valid_loss', 'metric', 'test_loss']].notna().all(axis=None)
 
@@ -272,7 +284,7 @@ def test_a_run_that_diverges_is_a_result(loss, tmp_path):
     def make(opt_func): return linear(opt_func, loss, metrics=mse)
     df = compare(make, opts=['NAdam'], lrs=[1e-2, 1e37], epochs=3, seeds=2, out=tmp_path)
     assert df.groupby('lr').diverged.all().to_dict() == {1e-2: False, 1e37: True}
-    assert df[df.lr > 1].drop(columns=['task', 'opt', 'lr', 'seed', 'epoch', 'diverged']).isna().all(axis=None)
+    assert df[df.lr > 1].drop(columns=['task', 'opt', 'lr', 'seed', 'diverged']).isna().all(axis=None)
     assert Comparison.load(tmp_path).best('NAdam')[0] == 1e-2 and Comparison.load(tmp_path).results.equals(df)
 
 def sometimes(*args): return math.nan if random.random() < 0.5 else 1.
@@ -281,7 +293,7 @@ def never(*args): return None
 @pytest.mark.parametrize('metric', [sometimes, never])
 def test_a_metric_that_is_not_defined_is_no_divergence(metric):
     def make(opt_func): return linear(opt_func, metrics=[mse, FromFunc(metric)])
-    df = compare(make, metric=metric.__name__, lower_is_better=False)
+    df = compare(make, metric=metric.__name__, lower_is_better=False, opts=['Adam'], seeds=12)
     assert df.metric.isna().any() and not df.diverged.any() and df.valid_loss.notna().all()
 
 class FromFunc(fastai.learner.Metric):
@@ -588,6 +600,18 @@ def test_other_folders_are_refused(tmp_path):
     assert {f.name: f.read_text() for f in (tmp_path/'a').iterdir()} == {'results.csv': 'mine'}
 
 # The command
+
+def test_no_import_asks_for_a_gpu():
+    "Else a process that forks later cannot use it, and each process of torchrun has a context on the first one"
+    code = """
+import torch
+def asked(*args, **kwargs): raise AssertionError('an import asked for a GPU')
+import fastai.vision.all
+for k in ('is_available', 'current_device', 'device_count', 'init', '_lazy_init', 'get_device_name'): setattr(torch.cuda, k, asked)
+import pkgutil, importlib, fastai_nadam.all, fastai_nadam.tools as tools
+for m in pkgutil.iter_modules(tools.__path__): importlib.import_module(f'fastai_nadam.tools.{m.name}')
+"""
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
 
 @pytest.mark.parametrize('args, msg', [
     ('--task digit',

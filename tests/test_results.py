@@ -290,7 +290,7 @@ def test_baseline(rng):
     with pytest.raises(ValueError, match='no results yet'): Comparison(df[:0], 'f1_score')
     assert Comparison(df[df.opt == 'NAdam'], 'f1_score').verdict().startswith('Nothing to compare NAdam with')
 
-# What one should know beside
+# What one should know besides
 
 def search(rng, seeds=10, **kwargs):
     df = invent(dict(NAdam=.03, Adam=0), rng, seeds=2)

@@ -49,7 +49,7 @@ other = mine
     ('bad.py:f', 'cannot be imported: ZeroDivisionError'),
     ('good.py:g', "has no function 'g'"),
     ('fine.py:n', "has no function 'n'")])
-def test_a_file_that_does_not_do(task, msg, tmp_path):
+def test_an_invalid_file(task, msg, tmp_path):
     (tmp_path/'json.py').write_text('def f(opt_func): pass')
     (tmp_path/'bad.py').write_text('1/0')
     for o in ('good.py', 'fine.py'): (tmp_path/o).write_text('n = 1')

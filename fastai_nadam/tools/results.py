@@ -78,6 +78,7 @@ def read_rows(folder, settings):
     file, rows, seen = folder/'results.csv', [], set()
     whole_lines = read_text(file).rpartition('\n')[0].split('\n') if file.exists() else ['']
     if whole_lines == ['']: return []
+    if '' in whole_lines: raise ValueError(f"{str(file)!r} is damaged in line {whole_lines.index('') + 1}: it is empty")
     reader, check, keys = csv.DictReader(whole_lines), results_row(settings), key_cols(settings.get('lr_find'))
     try:
         if reader.fieldnames != result_cols: raise ValueError(f"the columns must be {','.join(result_cols)}")
@@ -87,7 +88,7 @@ def read_rows(folder, settings):
             seen.add(run)
             rows.append(row)
     except (ValueError, csv.Error) as e:
-        raise ValueError(f"{str(file)!r} is damaged in line {reader.line_num}: {e}") from e
+        raise ValueError(f"{str(file)!r} is damaged in line {reader.reader.line_num}: {e}") from e
     return rows
 
 def rows_text(rows, header=False):
