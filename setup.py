@@ -20,9 +20,10 @@ class BuildKernel(build_ext):
     "Build with the first of four lists of flags that the compiler takes"
     def build_extension(self, ext):
         msvc = self.compiler.compiler_type == 'msvc'
-        fast = ['/O2', '/utf-8'] if msvc else ['-O3', '-fno-math-errno', '-fno-trapping-math']
+        same = ['/fp:precise'] if msvc else ['-ffp-contract=off'] # no FMA: the same bits on every processor
+        fast = ['/O2', '/utf-8', *same] if msvc else ['-O3', '-fno-math-errno', '-fno-trapping-math', *same]
         openmp = '/openmp' if msvc else '-fopenmp'
-        for flags in ([*fast, openmp], [*fast, openmp, '-DNO_CLONES'], [*fast, '-DNO_CLONES'], ['-DNO_CLONES']):
+        for flags in ([*fast, openmp], [*fast, openmp, '-DNO_CLONES'], [*fast, '-DNO_CLONES'], [*same, '-DNO_CLONES']):
             ext.extra_compile_args, ext.extra_link_args = flags, [o for o in flags if o == '-fopenmp']
             try: return super().build_extension(ext)
             except Exception as e: error = e

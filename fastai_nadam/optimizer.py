@@ -6,11 +6,13 @@
 __all__ = ['NAdam', 'DozatNAdam', 'NAdamOptimizer']
 
 # %% ../nbs/03_optimizer.ipynb #03ec
-import math
+import math, signal, threading
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np, torch
 from torch import Tensor, nn
@@ -20,9 +22,21 @@ from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
 from .checks import check_flag, check_hyper, check_number
 from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
-from .multi_tensor import (address_blocks, are_ordinary, avgs, check_tensors, cut_blocks, guards,
-    increment_versions, kernel_step, local, pick_impl, plain_tensors, raw_tensors, shared_rows)
+from .multi_tensor import (avgs, check_tensors, cut_blocks, increment_versions, kernel_rows, kernel_step,
+    kernel_tensors, local, ordinary_rows, overlapping, pick_impl)
 from .steppers import nadam_step
+
+# %% ../nbs/03_optimizer.ipynb #33se
+def plain(o):
+    "`o` without the types that `torch.load(weights_only=True)` does not read; tensors stay as they are"
+    if isinstance(o, (np.generic, np.ndarray)): return o.tolist()
+    if isinstance(o, dict): return {k: plain(v) for k,v in o.items()}
+    return [plain(v) for v in o] if isinstance(o, (list, tuple, L)) else o
+
+def is_plain(o):
+    "Is there nothing in `o` that `plain` would change?"
+    if type(o) in (dict, list): return all(map(is_plain, [*(o.values() if type(o) is dict else o)]))
+    return not isinstance(o, (np.generic, np.ndarray, dict, list, tuple, L))
 
 # %% ../nbs/03_optimizer.ipynb #15ec
 def NAdam(
@@ -34,8 +48,8 @@ def NAdam(
     wd:float=0.01, # Weight decay (decoupled or L2)
     decouple_wd:bool=True, # Decoupled weight decay (arXiv 1711.05101), or L2 regularization?
     nesterov:bool=True, # Look one momentum update ahead? False gives Adam
-    foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; None: the fastest that the tensors allow
-    fused:bool|None=None # Use a fused kernel? As in `torch.optim`; both False: the steppers
+    foreach:bool|None=None, # Use foreach functions? Both None: the fastest that the tensors allow
+    fused:bool|None=None # Use a fused kernel? One of the two False and the other not True: the steppers
 ) -> 'NAdamOptimizer':
     "NAdam/NAdamW: Ruder's simplified rule (arXiv 1609.04747), debiased exactly under any momentum schedule"
     rule = ruder_rule if check_flag('nesterov', nesterov) else adam_rule
@@ -51,8 +65,8 @@ def DozatNAdam(
     wd:float=0., # Weight decay (decoupled or L2)
     decouple_wd:bool=True, # Decoupled weight decay (arXiv 1711.05101), or L2 regularization?
     mom_decay:float|None=4e-3, # Momentum decay ψ: 4e-3 PyTorch, 1 Keras, None no warm-up (optax); schedulable
-    foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; None: the fastest that the tensors allow
-    fused:bool|None=None # Use a fused kernel? As in `torch.optim`; both False: the steppers
+    foreach:bool|None=None, # Use foreach functions? Both None: the fastest that the tensors allow
+    fused:bool|None=None # Use a fused kernel? One of the two False and the other not True: the steppers
 ) -> 'NAdamOptimizer':
     "NAdam with Dozat's rule and momentum warm-up (ICLR 2016 workshop): the steps of `torch.optim.NAdam`"
     mom_decay = math.inf if mom_decay is None else mom_decay
@@ -84,13 +98,12 @@ def _check_params(params):
 # %% ../nbs/03_optimizer.ipynb #13ec
 class NAdamOptimizer(Optimizer):
     "A fastai `Optimizer` for the NAdam family: the update with the two numbers that `rule` gives"
-    _last = None
     def __init__(self,
         params:Tensor|Iterable, # Parameters, or a list of parameter groups
         rule=ruder_rule, # Gives (a, b) and its running product from state and hypers, see `fastai_nadam.rules`
         decouple_wd:bool=True, # Decay the weights (AdamW), or add `wd` times the weights to the gradient (L2)?
-        foreach:bool|None=None, # Use foreach functions? As in `torch.optim`; see `pick_impl`
-        fused:bool|None=None, # Use a fused kernel? Both None: the fastest, both False: the steppers
+        foreach:bool|None=None, # Use foreach functions? Both None: the fastest that the tensors allow
+        fused:bool|None=None, # Use a fused kernel? One of the two False and the other not True: the steppers
         **hypers # Default hyper-parameters: `lr`, `mom`, `sqr_mom`, `eps`, `wd`, …
     ):
         store_attr('rule,decouple_wd,foreach,fused')
@@ -99,11 +112,8 @@ class NAdamOptimizer(Optimizer):
         cbs = [weight_decay if decouple_wd else l2_reg, partial(average_grad, dampening=True), average_sqr_grad,
             step_stat, partial(nadam_step, rule=rule)]
         super().__init__(params, cbs, **hypers)
-        self.__dict__['cbs'] = tuple(self.cbs)
 
     def __setattr__(self, k, v):
-        if k in ('rule', 'decouple_wd', 'cbs') and k in self.__dict__:
-            raise AttributeError(f"{k} cannot be changed; load the state_dict() of this optimizer into a new one")
         if k in ('decouple_wd', 'foreach', 'fused'): check_flag(k, v, none=k != 'decouple_wd')
         super().__setattr__(k, v)
 
@@ -116,12 +126,12 @@ class NAdamOptimizer(Optimizer):
             raise
 
     def set_hyper(self, k, v):
-        "Set hyper `k` to a value, which may be a numpy or tensor scalar, a list with one per group, or a slice"
-        super().set_hyper(k, v.item() if isinstance(v, (np.generic, Tensor)) and not v.ndim else v)
+        "Set hyper `k` to a number, a list or an array with one per group, or a slice"
+        super().set_hyper(k, v.tolist() if isinstance(v, (np.generic, np.ndarray, Tensor)) else v)
 
-    def _set_hyper(self, k, v): super()._set_hyper(k, [check_hyper(k, o) for o in v])
+    def _set_hyper(self, k, v): super()._set_hyper(k, [plain(check_hyper(k, o)) for o in v])
 
-    def _impl(self, p): return pick_impl(p.device.type, p.dtype, self.foreach, self.fused)
+    def _impl(self, p): return pick_impl(p.device, p.dtype, self.foreach, self.fused)
 
     @property
     def impl(self):
@@ -129,38 +139,40 @@ class NAdamOptimizer(Optimizer):
         impls = {self._impl(p) for pg in self.param_lists for p in pg}
         return ', '.join(sorted(o.__name__.removesuffix('_step') if o else 'steppers' for o in impls))
 
+# %% ../nbs/03_optimizer.ipynb #13rp
+@patch
+def __repr__(self:NAdamOptimizer):
+    rule = getattr(self.rule, '__name__', self.rule)
+    decay = 'decoupled' if self.decouple_wd else 'L2'
+    lines = [f"NAdamOptimizer: {rule}, {decay} weight decay, stepped by {self.impl}"]
+    for i,(pg,h) in enumerate(zip(self.param_lists, self.hypers)):
+        n = sum(p.numel() for p in pg if not is_lazy(p))
+        frozen = ', frozen' if all(isinstance(p, nn.Parameter) and not p.requires_grad for p in pg) else ''
+        hypers = ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in h.items())
+        lines.append(f"group {i}: {len(pg)} tensors, {n:,} elements{frozen}; {hypers}")
+    return '\n'.join(lines)
+
 # %% ../nbs/03_optimizer.ipynb #13se
 def _init_state(p, state):
     "Start the averages of `p`, or have them follow where its dtype, device or memory layout has changed"
-    for k in avgs:
-        t = state.get(k)
-        if t is None: state[k] = torch.zeros_like(p.data)
-        elif t.dtype != p.dtype or t.device != p.device or t.stride() != p.stride():
-            new = torch.empty_like(p.data) # where `p` has gaps, its averages have none
-            if (t.dtype, t.device, t.stride()) != (new.dtype, new.device, new.stride()): state[k] = new.copy_(t)
+    new = {}
+    with torch.inference_mode(False): # tensors made in inference mode could not be stepped outside of it
+        for k in avgs:
+            t = state.get(k)
+            if t is None: new[k] = torch.zeros_like(p.data)
+            elif t.dtype != p.dtype or t.device != p.device or t.stride() != p.stride():
+                like = torch.empty_like(p.data) # where `p` has gaps, its averages have none
+                if (t.dtype, t.device, t.stride()) != (like.dtype, like.device, like.stride()): new[k] = like.copy_(t)
+    if new: state.update(new, step=state.get('step', 0)) # all at once: no averages without a number of steps
 
 # %% ../nbs/03_optimizer.ipynb #20ce
-class _Batch:
-    "Parameters to step together, by their positions in the step; with `impl` None, to step one by one"
-    def __init__(self, impl, group, idxs):
-        store_attr()
-        self.blocks = self.new = None # addresses for the kernel, and the numbers that the last step left in each state
+class _Batch(NamedTuple):
+    "Parameters to step together, by their positions in the step"
+    impl:object # None: one by one, with the steppers
+    group:int
+    idxs:list
 
-    def in_step(self, states):
-        "Do the states still have the numbers that the last step left?"
-        if not (self.impl and self.new): return not self.impl
-        ss = [states[j] for j in self.idxs]
-        return all([s.get(k) for s in ss].count(v) == len(ss) for k,v in self.new.items())
-
-@patch
-def _key(self:NAdamOptimizer, groups, ps, gs, states):
-    "What batches depend on, besides looks and numbers in the states, and the tensors; None where there is no telling"
-    try:
-        ts = [*ps, *gs, *(s[k] for k in avgs for s in states)]
-        if {*map(type, ts)} <= plain_tensors:
-            return [self.foreach, self.fused, groups, [s.get('do_wd') for s in states], [*map(Tensor.data_ptr, ts)]], ts
-    except (KeyError, RuntimeError): pass # no averages yet; a sparse gradient, which has no address
-    return None, ()
+    def take(self, ts): return ts if len(ts) == len(self.idxs) else [ts[j] for j in self.idxs]
 
 # %% ../nbs/03_optimizer.ipynb #20si
 @patch
@@ -172,33 +184,22 @@ def _prepare(self:NAdamOptimizer, ps, gs, states):
         if 0 in g.stride() and not g.is_contiguous(): # expanded: L2 decay could not write to it
             p.grad = gs[j] = g.clone(memory_format=torch.contiguous_format)
     rows = [(p, g, *map(state.get, avgs)) for p,g,state in zip(ps, gs, states)]
-    return shared_rows(rows, not self.decouple_wd) | {j for j,row in enumerate(rows) if not raw_tensors(*row)}
+    return overlapping(rows, not self.decouple_wd) | {j for j,row in enumerate(rows) if not kernel_tensors(*row)}
 
 # %% ../nbs/03_optimizer.ipynb #20sk
 @patch
-def _sort(self:NAdamOptimizer, groups, ps, states, alone):
-    "Put together what can be stepped together; `alone` are positions to step one by one"
+def _batches(self:NAdamOptimizer, groups, ps, states, one_by_one=None):
+    "Put together what can be stepped together: all but `one_by_one`; None: all have the dtype and device of the first"
+    def kind(p):
+        impl = self._impl(p)
+        return impl and (impl, p.dtype, p.device)
+    if one_by_one is None: kinds = [kind(ps[0])]*len(ps)
+    else: kinds = [None if j in one_by_one else kind(p) for j,p in enumerate(ps)]
     res = defaultdict(list)
     shared = ('step', 'sqr_mom_prod', 'do_wd', *self.rule(step=1, **self.hypers[0])[2])
-    for j,(i,p,state) in enumerate(zip(groups, ps, states)):
-        impl = None if j in alone else self._impl(p)
-        res[(impl, i, p.dtype, p.device, *map(state.get, shared)) if impl else (None, i)].append(j)
-    return [_Batch(impl, i, idxs) for (impl,i,*_),idxs in res.items()]
-
-@patch
-def _batches(self:NAdamOptimizer, groups, ps, gs, states):
-    "Groups, parameters, gradients and states in batches: those of the last step, if they are still right"
-    key, ts = self._key(groups, ps, gs, states)
-    if key and self._last:
-        last, batches, looks = self._last
-        if key == last and looks.check(*ts) and all(b.in_step(states) for b in batches): return batches
-    alone = ()
-    if not key or not are_ordinary(ts):
-        alone = self._prepare(ps, gs, states)
-        key, ts = self._key(groups, ps, gs, states) # again, as averages may have been started
-    batches, looks = self._sort(groups, ps, states, alone), key and guards(ts)
-    self._last = looks and (key, batches, looks)
-    return batches
+    for j,(i,kind,state) in enumerate(zip(groups, kinds, states)):
+        res[(kind, i, *map(state.get, shared)) if kind else (None, i)].append(j)
+    return [_Batch(kind and kind[0], i, idxs) for (kind,i,*_),idxs in res.items()]
 
 # %% ../nbs/03_optimizer.ipynb #30se
 @patch
@@ -206,47 +207,91 @@ def _batches(self:NAdamOptimizer, groups, ps, gs, states):
 def step(self:NAdamOptimizer, closure=None):
     "Step every parameter that has a gradient and is not frozen; nothing has changed if this raises a `ValueError`"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
+    # a step under `torch.compile` is not traced: there is nothing to gain
+    if torch.compiler.is_compiling(): return torch.compiler.disable(NAdamOptimizer.step)(self)
     hypers = [{k: check_hyper(k, v) for k,v in h.items()} for h in self.hypers]
     in_groups = [[p for p in pg if p.grad is not None and (p.requires_grad or not isinstance(p, nn.Parameter))]
         for pg in self.param_lists]
     groups, ps = [i for i,pg in enumerate(in_groups) for _ in pg], sum(in_groups, [])
     if not ps: return
     gs, states = [p.grad for p in ps], [self.state[p] for p in ps]
-    for b in self._batches(groups, ps, gs, states): self._step_batch(b, hypers[b.group], ps, gs, states)
+    def averages(): return [[s.get(k) for s in states] for k in avgs]
+    rows = ordinary_rows(ps, gs, *averages())
+    one_by_one = None if rows else self._prepare(ps, gs, states)
+    batches = self._batches(groups, ps, states, one_by_one)
+    lists = ps, gs, *averages(), states # again, as averages may have been started
+    with nullcontext() if all(b.impl is kernel_step for b in batches) else ctrl_c_waits():
+        for b in batches: self._step_batch(b, rows, hypers[b.group], *map(b.take, lists))
+
+# %% ../nbs/03_optimizer.ipynb #31sa
+@contextmanager
+def ctrl_c_waits():
+    "Have Ctrl-C wait until the body is done. A second one does not wait"
+    handler, waiting = signal.getsignal(signal.SIGINT), []
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield # nothing raises here when Ctrl-C is pressed
+        return
+    def wait(*args):
+        if waiting: handler(*args)
+        waiting.append(args)
+    signal.signal(signal.SIGINT, wait)
+    try: yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for args in waiting: handler(*args)
+
+# %% ../nbs/03_optimizer.ipynb #31sb
+@patch
+@contextmanager
+def _together(self:NAdamOptimizer, ps, new):
+    "Write `new` into the states of `ps` after the body, which calls what it gets before it changes their averages"
+    states, begun = [self.state[p] for p in ps], []
+    try:
+        yield partial(begun.append, True)
+        for s in states: s.update(new)
+    except BaseException: # averages without their numbers begin anew
+        for p,s in zip(ps, states):
+            if begun and s.get('step') != new['step']:
+                self.state[p] = {k: s[k] for k in self._keep_on_clear if k in s}
+        raise
 
 # %% ../nbs/03_optimizer.ipynb #31se
 @patch
-def _step_one(self:NAdamOptimizer, p, state, hyper):
-    "Send one parameter through the steppers. Averages in half precision are rounded after use, as the kernels do"
-    kept = {k: state[k] for k in avgs}
-    new = {**state, **{k: v.to(torch.promote_types(v.dtype, torch.float32)) for k,v in kept.items()}}
-    for cb in self.cbs: new.update(cb(p, **{**new, **hyper}) or {})
-    state.update(new, **{k: v.copy_(new[k]) for k,v in kept.items()})
+def _new_numbers(self:NAdamOptimizer, hyper, state):
+    "Arguments of an implementation for parameters of the same `state`, and what the step writes into their states"
+    step = int(state.get('step', 0)) + 1
+    a, b, new = self.rule(**{**state, **hyper, 'step': step})
+    new = dict(new, step=step, sqr_mom_prod=running_prod(hyper['sqr_mom'], step, state.get('sqr_mom_prod')))
+    wd = hyper['wd'] if state.get('do_wd', True) else 0.
+    args = {k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')}
+    args.update(wd=wd if self.decouple_wd else 0., l2=0. if self.decouple_wd else wd)
+    return dict(args, a=a, b=b, debias2=1-new['sqr_mom_prod']), new
 
 # %% ../nbs/03_optimizer.ipynb #31sg
 @patch
-def _step_batch(self:NAdamOptimizer, batch, hyper, ps, gs, states):
-    "Step the parameters of a batch, and leave the same numbers in all of their states"
-    if not batch.impl:
-        for j in batch.idxs: self._step_one(ps[j], states[j], hyper)
-        return
-    first = states[batch.idxs[0]]
-    step = first.get('step', 0) + 1
-    a, b, new = self.rule(**{**first, **hyper, 'step': step})
-    new.update(step=step, sqr_mom_prod=running_prod(hyper['sqr_mom'], step, first.get('sqr_mom_prod')))
-    wd = hyper['wd'] if first.get('do_wd', True) else 0.
-    increment_versions([ps[j] for j in batch.idxs])
-    blocks = batch.blocks
-    if blocks is None:
-        rows = [(ps[j], gs[j], *map(states[j].get, avgs)) for j in batch.idxs]
-        ts, is_kernel = [[*map(local, o)] for o in zip(*rows)], batch.impl is kernel_step
-        blocks = (address_blocks if is_kernel else cut_blocks)(*ts)
-        if is_kernel: batch.blocks = blocks # addresses are kept, views are not
-    wd, l2 = (wd, 0.) if self.decouple_wd else (0., wd)
-    hypers = [hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps')]
-    if blocks: batch.impl(blocks, *hypers, wd, l2, a, b, debias2=1-new['sqr_mom_prod'])
-    for j in batch.idxs: states[j].update(new)
-    batch.new = new
+def _step_one_by_one(self:NAdamOptimizer, hyper, ps, gs, ms, vs, states):
+    "Send parameters through the steppers, with copies of their averages, in float32 where these have half precision"
+    for p,m,v,state in zip(ps, ms, vs, states):
+        copies = {k: t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for k,t in zip(avgs, (m, v))}
+        new = {**state, **copies}
+        for cb in self.cbs: new.update(cb(p, **{**new, **hyper}) or {})
+        with self._together([p], {k: plain(o) for k,o in new.items() if k not in avgs}) as begin:
+            begin()
+            for k,t in zip(avgs, (m, v)): t.copy_(new[k])
+
+@patch
+def _step_batch(self:NAdamOptimizer, batch, rows, hyper, *lists):
+    "Step the parameters of a batch; `lists` are parameters, gradients, averages and states"
+    if not batch.impl: return self._step_one_by_one(hyper, *lists)
+    *tensors, states = lists
+    args, new = self._new_numbers(hyper, states[0])
+    increment_versions(tensors[0])
+    if rows is None: tensors = [[local(t) for t in ts] for ts in tensors]
+    if batch.impl is kernel_step:
+        return kernel_step(rows.take(batch.idxs) if rows else kernel_rows(*tensors), **args, states=states, new=new)
+    for js,blocks in cut_blocks(*tensors):
+        with self._together([lists[0][j] for j in js], new) as begin:
+            if blocks: batch.impl(blocks, **args, begin=begin)
 
 # %% ../nbs/03_optimizer.ipynb #50ze
 @patch
@@ -261,20 +306,12 @@ def zero_grad(self:NAdamOptimizer):
     if len(plain) < len(gs):
         for g in gs: g.zero_()
 
-# %% ../nbs/03_optimizer.ipynb #33se
-def plain(o):
-    "`o` without the types that `torch.load(weights_only=True)` does not read; tensors stay as they are"
-    if isinstance(o, np.generic): return o.item()
-    if isinstance(o, dict): return {k: plain(v) for k,v in o.items()}
-    return [plain(v) for v in o] if isinstance(o, (list, tuple, L)) else o
-
 # %% ../nbs/03_optimizer.ipynb #33sf
 @patch
 def state_dict(self:NAdamOptimizer):
     "State and hypers in plain types. They are live: a later step changes them; `deepcopy` them to keep them"
-    res = {'state': [self.state[p] for pg in self.param_lists for p in pg], 'hypers': list(self.hypers)}
-    for d in sum(res.values(), []): d.update(plain(d))
-    return res
+    def read(d): return d if is_plain(d) else plain(d) # a copy where someone has put other types in
+    return {'state': [read(self.state[p]) for pg in self.param_lists for p in pg], 'hypers': [*map(read, self.hypers)]}
 
 # %% ../nbs/03_optimizer.ipynb #36ae
 def _check_state(i, p, state, hyper, rule):
@@ -307,10 +344,12 @@ def _copy_to(p, v):
     "A copy of `v` for the state of `p`"
     if not isinstance(v, Tensor): return deepcopy(plain(v))
     same = v.is_floating_point() and v.shape == p.shape
-    return torch.empty_like(p.data).copy_(v.detach()) if same else v.detach().to(p.device, copy=True)
+    with torch.inference_mode(False): # tensors made in inference mode could not be stepped outside of it
+        return torch.empty_like(p.data).copy_(v.detach()) if same else v.detach().to(p.device, copy=True)
 
 # %% ../nbs/03_optimizer.ipynb #36af
 @patch
+@torch.no_grad()
 def load_state_dict(self:NAdamOptimizer,
     sd:dict # From `state_dict` of this or another fastai optimizer that keeps `grad_avg`, `sqr_avg` and `step`
 ):
@@ -327,7 +366,4 @@ def load_state_dict(self:NAdamOptimizer,
     ph = [h for pg,h in zip(self.param_lists, hypers) for _ in pg]
     state = [_check_state(i, p, dict(s), h, self.rule) for i,(p,s,h) in enumerate(zip(ps, sd['state'], ph))]
     state = [{k: _copy_to(p, v) for k,v in s.items()} for p,s in zip(ps, state)]
-    self.hypers, self.state = L(hypers), defaultdict(dict, zip(ps, state))
-
-@patch
-def __getstate__(self:NAdamOptimizer): return {**self.__dict__, '_last': None} # a copy has other memory
+    self.__dict__.update(hypers=L(hypers), state=defaultdict(dict, zip(ps, state))) # both at once

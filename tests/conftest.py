@@ -6,12 +6,25 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch starts, here and in the processes that tests start
 
 import fastcore.test, numpy as np, pytest, torch
-from impls import KernelOff
+from impls import KernelOff, NoExchange
 
 for k,o in vars(fastcore.test).items():
     if k.startswith('test'): o.__test__ = False  # an old fastai's `import *` brings them along; they are no tests
 
 seed = int(os.environ.get('NADAM_TEST_SEED', random.SystemRandom().randrange(2**32)))
+
+def pytest_addoption(parser):
+    parser.addoption('--device', default='cpu', help='where tensors are made: pytest tests/test_impls.py --device cuda')
+
+@pytest.fixture(autouse=True)
+def on_device(request):
+    "Have tensors made where the option says"
+    device = request.config.getoption('--device')
+    if device == 'cpu': yield
+    else:
+        torch.set_default_device(device)
+        yield
+        torch.set_default_device(None)
 
 @pytest.fixture(autouse=True)
 def seeded(request):
@@ -48,8 +61,15 @@ def without_kernel(monkeypatch):
     yield
     multi_tensor.pick_impl.cache_clear()
 
+@pytest.fixture
+def without_exchange(monkeypatch):
+    "As with a PyTorch before 2.10"
+    from fastai_nadam import multi_tensor
+    monkeypatch.setattr(multi_tensor, 'exchange_api', None)
+
 @pytest.fixture(autouse=True)
 def kernel_off(request):
-    "Switch the kernel in C off where the parameter `impl` of a test says so"
-    params = getattr(getattr(request.node, 'callspec', None), 'params', {})
-    if isinstance(params.get('impl'), KernelOff): request.getfixturevalue('without_kernel')
+    "Switch the kernel in C, or PyTorch's exchange API, off where the parameter `impl` of a test says so"
+    impl = getattr(getattr(request.node, 'callspec', None), 'params', {}).get('impl')
+    if isinstance(impl, KernelOff): request.getfixturevalue('without_kernel')
+    if isinstance(impl, NoExchange): request.getfixturevalue('without_exchange')

@@ -1,4 +1,5 @@
 "What the tests of the optimizer share: parameters and their copies, gradients, comparisons, and low precision on a CPU"
+import os, subprocess, sys
 from copy import deepcopy
 
 import pytest, torch
@@ -15,7 +16,20 @@ layouts = dict(plain=lambda t: t, transposed=lambda t: t.mT.contiguous().mT if t
     channels_last=lambda t: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t,
     expanded=lambda t: t[:1].expand(t.shape) if t.ndim and len(t) else t)
 
+def python(code, **env):
+    "What a fresh Python prints"
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, **env})
+    assert p.returncode == 0, p.stderr
+    return p.stdout.split()
+
 def all_params(opt): return [p for pg in opt.param_lists for p in pg]
+
+def through_steppers(opt, monkeypatch):
+    "A list to which each step appends the parameters that go through the steppers"
+    res, cbs = [], opt.cbs
+    monkeypatch.setattr(opt, 'cbs', [lambda p, **kwargs: res.append(p), *cbs])
+    return res
 
 def copies(ps, dtype=None):
     "New parameters with the values and the layouts of `ps`"
@@ -33,8 +47,8 @@ def twin(opt, impl):
 
 def set_grads(ps, scale=1., seed=None):
     "Random gradients; with a `seed`, the same for all parameters of the same shapes"
-    g = None if seed is None else torch.Generator().manual_seed(seed)
-    for p in ps: p.grad = scale*torch.randn(p.shape, generator=g).to(p.dtype)
+    g = None if seed is None else torch.Generator(ps[0].device).manual_seed(seed)
+    for p in ps: p.grad = scale*torch.randn(p.shape, generator=g, device=p.device).to(p.dtype)
 
 def train(opt, ps, grads, before=None):
     "A step with each of the lists of gradients; `before` is called before it, with its number"

@@ -4,7 +4,7 @@ import io, json, math, os, random, signal, subprocess, sys, time
 import matplotlib.pyplot as plt, pytest, torch
 from fastai.vision.all import Callback
 
-from fastai_nadam.tools import cli as room
+from fastai_nadam.tools import cli as module
 from fastai_nadam.checks import check_int, each, entries, number, one_of, optional, sequence, text, values, whole
 from fastai_nadam.tools.cli import (append_text, atomic_save, cli, did_you_mean, lock_folder, read_json, read_text,
     save_fig, save_json, versions)
@@ -288,7 +288,7 @@ with lock_folder(sys.argv[1]):
 
 def test_lock_where_there_are_none(tmp_path, monkeypatch):
     def no_locks(*args): raise OSError(38, 'Function not implemented')
-    monkeypatch.setattr(room.fcntl, 'flock', no_locks)
+    monkeypatch.setattr(module.fcntl, 'flock', no_locks)
     with lock_folder(tmp_path): pass
     with pytest.raises(OSError), lock_folder(tmp_path/'nowhere'): pass
 
@@ -368,6 +368,6 @@ def test_output_that_cannot_be_written(argv, at_once, capsys, monkeypatch):
     for error,code,err in ((OSError(28, 'No space left on device'), 2, 'x: [Errno 28] No space left on device\n'),
             (BrokenPipeError(32, 'Broken pipe'), 141, '')):
         monkeypatch.setattr(sys, 'stdout', Broken(error, at_once))
-        monkeypatch.setattr(room, 'docments', lambda *args, **kwargs: {})
+        monkeypatch.setattr(module, 'docments', lambda *args, **kwargs: {})
         assert cli(speak, 'x', argv) == code
         assert capsys.readouterr().err == err

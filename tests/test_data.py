@@ -7,7 +7,7 @@ from fastai.data.external import fastai_cfg
 from fastai.vision.all import Flip, Image, Path, URLs, get_image_files, set_seed
 from sklearn.datasets import load_digits
 
-from fastai_nadam.tools import data as room
+from fastai_nadam.tools import data as module
 from fastai_nadam.tools.data import (check_images, data_path, digits_path, download, get_dls, image_dls, list_images,
     write_digits)
 
@@ -57,7 +57,7 @@ def test_digits_interrupted(home, monkeypatch):
         write_digits(path)
         shutil.rmtree(path/'val')
         raise KeyboardInterrupt
-    monkeypatch.setattr(room, 'write_digits', half)
+    monkeypatch.setattr(module, 'write_digits', half)
     with pytest.raises(KeyboardInterrupt): digits_path()
     assert list((home/'data').iterdir()) == []
     monkeypatch.undo()

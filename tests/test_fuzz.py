@@ -1,6 +1,7 @@
 """Random lives of an optimizer: whatever is done to its tensors between steps, each is that of the steppers in float64
 
-For a long search: python tests/test_fuzz.py SECONDS. One life again: python tests/test_fuzz.py --seed SEED"""
+For a long search: python tests/test_fuzz.py SECONDS, with NADAM_FUZZ_EXCHANGE=0 as with a PyTorch before 2.10.
+One life again: python tests/test_fuzz.py --seed SEED"""
 import gc, os, pickle, random, sys, time, traceback, warnings
 from collections import defaultdict
 from copy import deepcopy
@@ -17,15 +18,18 @@ opt_funcs = [NAdam, partial(NAdam, nesterov=False), partial(NAdam, decouple_wd=F
     partial(NAdam, nesterov=False, decouple_wd=False),
     DozatNAdam, partial(DozatNAdam, decouple_wd=False), partial(DozatNAdam, mom_decay=None)]
 impls = dict(default={}, foreach=dict(foreach=True), fused=dict(fused=True), pytorch=dict(fused=True),
-    steppers=dict(foreach=False, fused=False))
+    steppers=dict(foreach=False, fused=False), no_exchange={}) # the last without DLPack's exchange API
 kernel = multi_tensor._kernel # None where it was not built; 'pytorch' is the fused kernel of PyTorch where it was
 if not multi_tensor._has_fused('cpu', torch.bfloat16): del impls['fused'], impls['pytorch'] # in an older PyTorch
 shapes = [(), (1,), (3,), (7,), (2, 3), (4, 4), (0, 2), (2, 1, 3), (3, 2, 2, 2), (50, 9), (70, 1001)]
 ulps = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 0.03, torch.float16: 4e-3}
 avgs = 'grad_avg', 'sqr_avg'
 
-def use_kernel(yes):
-    multi_tensor._kernel = kernel if yes else None
+exchange_api = None if os.environ.get('NADAM_FUZZ_EXCHANGE') == '0' else multi_tensor.exchange_api
+
+def use(has_kernel=True, has_exchange=True):
+    multi_tensor._kernel = kernel if has_kernel else None
+    multi_tensor.exchange_api = exchange_api if has_exchange else None
     multi_tensor.pick_impl.cache_clear()
 
 class Life:
@@ -35,7 +39,7 @@ class Life:
         torch.manual_seed(seed)
         self.name = impl or self.rng.choice(list(impls))
         self.impl = impls[self.name]
-        use_kernel(self.name != 'pytorch')
+        use(self.name != 'pytorch', self.name != 'no_exchange')
         self.opt_func = self.rng.choice(opt_funcs)
         f32, f64 = torch.float32, torch.float64
         dtypes = self.rng.choice([*[[f32]]*4, [f64], [f32, f64], [f32, *ulps]])
@@ -319,7 +323,7 @@ def live(seed, impl=None, n_steps=25):
     except BaseException as e:
         e.add_note(f'seed {seed}: {"; ".join(log)}') if hasattr(e, 'add_note') else print(seed, log)
         raise
-    finally: use_kernel(True)
+    finally: use()
 
 @pytest.mark.parametrize('impl', impls)
 def test_lives(impl):

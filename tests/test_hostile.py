@@ -15,7 +15,7 @@ from fastai.test_utils import RegModel, synth_dbunch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
-from fastai_nadam.tools import train
+from fastai_nadam.tools import bench, compare, train
 from fastai_nadam.interop import from_torch
 from helpers import all_params, same, set_grads, snapshot, twin
 from impls import each_impl, with_impl
@@ -322,7 +322,7 @@ def test_command_line(tmp_path, monkeypatch, args):
 
 def test_no_untrusted_pickle_is_read():
     "Every `torch.load` of the package is in torch's safe mode, and nothing else unpickles"
-    for f in (Path(__file__).parent.parent/'fastai_nadam').glob('*.py'):
+    for f in (Path(__file__).parent.parent/'fastai_nadam').rglob('*.py'):
         tree = ast.parse(f.read_text(encoding='utf-8'))
         for o in ast.walk(tree):
             if not isinstance(o, ast.Call): continue
@@ -331,3 +331,25 @@ def test_no_untrusted_pickle_is_read():
                 assert any(k.arg == 'weights_only' and ast.unparse(k.value) == 'True' for k in o.keywords), where
             assert not re.search(r'(pickle|dill|joblib)\.(load|loads|Unpickler)$|\bload_learner$|\bload_model$',
                 name), where
+
+@pytest.mark.parametrize('name', ['results.csv', '.results.csv.part', 'settings.json', '.settings.json.part', 'results.png',
+    '.results.png.part'])
+def test_compare_in_a_hostile_folder(name, tmp_path, capsys):
+    "A link in place of any file that it writes is refused before anything is trained"
+    (tmp_path/'victim').write_text('precious')
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/name).symlink_to('../victim')
+    args = '--task=tabular --opts=Adam --lrs=1e-2 --epochs=1 --seeds=2 --n_workers=0'.split()
+    assert compare.main([*args, f"--out={tmp_path/'out'}"]) == 2
+    out, err = capsys.readouterr()
+    assert err.count('\n') == 1 and f"out/{name}' is a link" in err
+    assert [o.name for o in (tmp_path/'out').iterdir()] == [name] and (tmp_path/'victim').read_text() == 'precious'
+
+@pytest.mark.parametrize('option,name', [('json', 'a.json'), ('plot', 'a.png')])
+def test_bench_writes_through_no_link(option, name, tmp_path, capsys, monkeypatch):
+    (tmp_path/'victim').write_text('precious')
+    (tmp_path/name).symlink_to('victim')
+    monkeypatch.setattr(bench, 'find_peers', lambda *args: pytest.fail('it measures'))
+    assert bench.main([f'--{option}={tmp_path/name}']) == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and f"{name}' is a link" in err and (tmp_path/'victim').read_text() == 'precious'

@@ -1,19 +1,20 @@
 "Every implementation gives the same parameters and the same state as the steppers, whatever happens between two steps"
-import gc, pickle, random
+import gc, pickle, random, subprocess, sys
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from weakref import ref
 
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
-from fastai_nadam.multi_tensor import cut_blocks, fused_step, pick_impl, raw_tensors
+from fastai_nadam.multi_tensor import cut_blocks, fused_step, kernel_tensors, pick_impl
 from helpers import all_params, assert_same, copies, gaps, layouts, tols
-from impls import KernelOff, each_impl, loop, needs_kernel, with_impl
+from impls import KernelOff, NoExchange, each_impl, loop, needs_kernel, with_impl
 
-fast_impls = pytest.mark.parametrize('impl', [dict(), KernelOff(), dict(foreach=True)],
-    ids=['default', 'kernel off', 'foreach'])
+fast_impls = pytest.mark.parametrize('impl', [dict(), KernelOff(), dict(foreach=True), NoExchange()],
+    ids=['default', 'kernel off', 'foreach', 'no exchange API'])
 
 def make_params(specs):
     "Parameters of the given (shape, dtype, layout)"
@@ -77,18 +78,21 @@ def test_large_tensors_are_cut(impl, opt_func, layout):
 def test_layouts_differ_from_plain(layout):
     "The layouts above are what they say, so that the tests with them test something"
     p, = make_params([((2, 3, 4, 5), torch.float32, layout)])
-    assert not p.is_contiguous() and (raw_tensors(p, p, p, p) is None) == (layout == 'gaps')
+    assert not p.is_contiguous() and (kernel_tensors(p, p, p, p) is None) == (layout == 'gaps')
 
 def test_blocks_have_a_size_for_each_thread(monkeypatch):
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     t = torch.zeros(2**20 + 1)
-    assert [p.numel() for (p,),*_ in cut_blocks([t], [t], [t], [t])] == [2**19, 2**19, 1]
+    (js, blocks), = cut_blocks([t], [t], [t], [t])
+    assert js == [0] and [p.numel() for (p,),*_ in blocks] == [2**19, 2**19, 1]
 
 def test_blocks_hold_every_element_once():
     sizes = [(3,), (0,), (10, 10), (), (7, 1), (64,)]
     ps = [torch.zeros(s) for s in sizes]
     for size in (1, 5, 64, 1000):
-        blocks = cut_blocks(ps, ps, ps, ps, size)
+        cut = cut_blocks(ps, ps, ps, ps, size)
+        assert sorted(j for js,_ in cut for j in js) == [*range(len(ps))]
+        blocks = [block for _,blocks in cut for block in blocks]
         assert all(sum(t.numel() for t in p) <= size for p,*_ in blocks)
         for p,*_ in blocks:
             for t in p: t.add_(1)
@@ -201,7 +205,6 @@ def steps(opt, ps, grads):
             if not p.requires_grad: continue
             if p.grad is None: p.grad = torch.zeros_like(p)
             p.grad.add_(g.to(p.dtype))
-        if opt.impl == 'steppers': opt._last = None # the reference keeps nothing from one step to the next
         opt.step()
         opt.zero_grad()
 
@@ -228,7 +231,6 @@ def test_change_of_impl(impl):
     for kw in (impl, loop, impl):
         a.foreach, a.fused = kw.get('foreach'), kw.get('fused')
         for o,xs in ((a, ps), (b, qs)): steps(o, xs, [[torch.ones(p.shape) for p in ps]]*3)
-        assert {batch.impl for batch in a._last[1]} == {pick_impl('cpu', torch.float32, a.foreach, a.fused)}
     assert_same(a, b)
     c = NAdam(ps, 1., **loop)
     c.load_state_dict(a.state_dict())
@@ -323,3 +325,13 @@ def test_infinity_is_float32_for_the_kernels():
     torch.set_default_dtype(torch.float64)
     try: assert _inf.__wrapped__('cpu').dtype == torch.float32
     finally: torch.set_default_dtype(torch.float32)
+
+def test_the_device_option_arrives(request):
+    assert torch.randn(2).device.type == nn.Linear(2, 2).weight.device.type == request.config.getoption('--device')
+
+def test_one_option_says_where_tensors_are():
+    "`pytest tests/test_impls.py --device cuda` runs this list on a GPU; here another device stands in for it"
+    test = f'{__file__}::test_the_device_option_arrives'
+    p = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', test, '--device', 'meta'],
+        capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert p.returncode == 0 and '1 passed' in p.stdout, p.stdout

@@ -2,13 +2,14 @@
 import math, os, random, subprocess, sys
 from functools import partial
 from types import SimpleNamespace
-from weakref import ref
 
 import pytest, torch
+from packaging.version import Version
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam, multi_tensor
-from fastai_nadam.multi_tensor import _kernel, address_blocks, foreach_step, fused_step, kernel_step, pick_impl
+from fastai_nadam.multi_tensor import _kernel, foreach_step, fused_step, kernel_rows, kernel_step, pick_impl
 from fastai_nadam.rules import adam_rule, dozat_rule, ruder_rule
+from helpers import python
 
 built = pytest.mark.skipif(_kernel is None, reason='the kernel in C was not built, or is switched off')
 threaded = pytest.mark.skipif(not (_kernel and _kernel.openmp),
@@ -21,13 +22,6 @@ def threads():
     n = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(n)
-
-def python(code, **env):
-    "What a fresh Python prints"
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
-        env={**os.environ, **env})
-    assert p.returncode == 0, p.stderr
-    return p.stdout.split()
 
 def guarded(n, dtype):
     "A tensor of `n` random elements at an odd place in a larger one, and what lies before and after it"
@@ -49,12 +43,12 @@ def formula(p, g, m, v, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2):
 def test_fifty_steps(rule, decay, dtype, threads):
     "Against the formula in float64, with other hypers in each step, on tensors of many lengths at odd places in memory"
     lengths = random.sample(sizes, len(sizes))
-    rows = [[guarded(n, dtype) for n in lengths] for _ in range(4)]
-    raw = [[t for t,*_ in row] for row in rows]
-    around = [(o, o.clone()) for row in rows for _,*os in row for o in os]
+    lists = [[guarded(n, dtype) for n in lengths] for _ in range(4)]
+    raw = [[t for t,*_ in row] for row in lists]
+    around = [(o, o.clone()) for row in lists for _,*os in row for o in os]
     for v in raw[3]: v.abs_()
     exact = [[t.to(torch.float64, copy=True) for t in ts] for ts in raw]
-    blocks, prods, sqr_prod = address_blocks(*raw), {}, 1.
+    rows, prods, sqr_prod = kernel_rows(*raw), {}, 1.
     for step in range(1, 51):
         mom, sqr_mom = random.uniform(0.5, 0.99), random.uniform(0.9, 0.999)
         sqr_prod *= sqr_mom
@@ -64,7 +58,7 @@ def test_fifty_steps(rule, decay, dtype, threads):
         kw[decay] = random.choice([0., 0.1])
         for g,x in zip(raw[1], exact[1]): x.copy_(g.normal_())
         threads(1 + (step%10 == 0))
-        kernel_step(blocks, **kw)
+        kernel_step(rows, **kw)
         threads(1)
         exact = list(zip(*(formula(*ts, **kw) for ts in zip(*exact))))
     for ts,xs in zip(raw, exact):
@@ -102,7 +96,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
     for n in (1, 2, 5):
         threads(n)
         lists = [[t.clone() for t in ts] for ts in start]
-        kernel_step(address_blocks(*lists), lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=1., b=0.5,
+        kernel_step(kernel_rows(*lists), lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=1., b=0.5,
             debias2=0.5)
         res.append(sum(lists, []))
     assert all(torch.equal(x, y) for other in res[1:] for x,y in zip(res[0], other))
@@ -114,11 +108,11 @@ def test_threads_are_pytorchs(first, second):
     "No others are started, `set_num_threads` holds for both, and a child of a fork that has one thread can step"
     gomp, one, before, *n, child = map(int, python(f"""
 import os, torch
-from fastai_nadam.multi_tensor import address_blocks, kernel_step
+from fastai_nadam.multi_tensor import kernel_rows, kernel_step
 lists = [[torch.ones(2_000_000)] for _ in range(4)]
 def torch_op(): return lists[0][0] + lists[1][0]
 hypers = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0., l2=0., a=1., b=1., debias2=1.)
-def step(): kernel_step(address_blocks(*lists), **hypers)
+def step(): kernel_step(kernel_rows(*lists), **hypers)
 def running(): print(len(os.listdir('/proc/self/task')), flush=True)
 print(len({{l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l or 'libomp' in l}}))
 step(); running()
@@ -138,9 +132,13 @@ def test_switched_off_by_the_environment():
     code = """import torch; from fastai_nadam import NAdam, multi_tensor
 print(multi_tensor._kernel is None, NAdam([torch.ones(2)], 1.).impl)"""
     off = ['True', 'fused' if multi_tensor._has_fused('cpu', torch.float32) else 'foreach']
-    assert python(code, FASTAI_NADAM_KERNEL='0') == off
+    assert python(code, FASTAI_NADAM_KERNEL=random.choice(['0', 'off'])) == off
     on = ['False', 'kernel' if _kernel.openmp else off[1]] if _kernel else off
-    assert python(code, FASTAI_NADAM_KERNEL='1') == on
+    assert python(code, FASTAI_NADAM_KERNEL=random.choice(['1', ''])) == on
+    for v in ('0', '00', 'false', 'False', 'no', 'NO', 'off', ' off '): assert not multi_tensor._is_on(v)
+    for v in ('', '1', 'true', 'Yes', 'on'): assert multi_tensor._is_on(v)
+    for v in ('2', 'nein', '0.0'):
+        with pytest.raises(ValueError, match=f'FASTAI_NADAM_KERNEL must be 1 or 0.*got .{v}'): multi_tensor._is_on(v)
 
 def test_pick_impl(monkeypatch):
     "With a kernel that has threads, with one that has none, and without one"
@@ -161,9 +159,118 @@ def test_pick_impl(monkeypatch):
                 pick_impl(*args, fused=True)
     pick_impl.cache_clear()
 
-def test_blocks_keep_no_tensor_alive():
-    lists = [[torch.ones(5), torch.ones(3)] for _ in range(4)]
-    blocks, refs = address_blocks(*lists), [ref(t) for ts in lists for t in ts]
-    lists.clear()
-    assert blocks and all(r() is None for r in refs)
-    assert not address_blocks(*[[torch.ones(0)]]*4)
+# The same bits everywhere
+
+one_step = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=0.97, b=0.31, debias2=0.5)
+
+def bits(lists): return [t.clone() for ts in lists for t in ts]
+
+@built
+@pytest.mark.parametrize('dtype', tols, ids=str)
+def test_equal_values_stay_equal_at_every_place(dtype):
+    "In the middle of a tensor, where many elements are computed at once, and at its ends"
+    for _ in range(20):
+        n = random.choice([1, 3, 17, 100, 1001])
+        values = torch.randn(4, dtype=dtype).abs()
+        lists = [[torch.full((n,), v, dtype=dtype)] for v in values]
+        for _ in range(5): kernel_step(kernel_rows(*lists), **one_step)
+        for (t,) in lists: assert (t == t[0]).all()
+
+@built
+@pytest.mark.parametrize('dtype', tols, ids=str)
+def test_the_same_bits_at_every_address(dtype):
+    start, res = [torch.rand(1001, dtype=dtype) for _ in range(4)], []
+    for at in (0, 1, 2, 3, 5, 8, 13):
+        places = at, 0, random.randrange(20), at
+        lists = [[torch.empty(1021, dtype=dtype)[a:a+1001].copy_(t)] for a,t in zip(places, start)]
+        for _ in range(3): kernel_step(kernel_rows(*lists), **one_step)
+        res.append(bits(lists))
+    for other in res[1:]: assert all(torch.equal(x, y) for x,y in zip(res[0], other))
+
+@built
+def test_the_same_bits_on_every_processor(tmp_path, copy_project):
+    "The version for the processor at hand, and the one for all others"
+    code = """
+import torch
+from fastai_nadam.multi_tensor import kernel_rows, kernel_step
+for dtype in (torch.float32, torch.float64):
+    g = torch.Generator().manual_seed(SEED)
+    lists = [[torch.rand(n, generator=g, dtype=dtype) for n in (1, 7, 1000, 70_001)] for _ in range(4)]
+    for _ in range(20): kernel_step(kernel_rows(*lists), **NUMBERS)
+    for t in [t for ts in lists for t in ts]: print(hash(t.numpy().tobytes()))
+""".replace('SEED', str(random.randrange(2**31))).replace('NUMBERS', repr(one_step))
+    copy_project(tmp_path/'p')
+    build = [sys.executable, 'setup.py', '-q', 'build_ext', '--inplace', '--force']
+    for extra in ('', '-DNO_CLONES'):
+        subprocess.run(build, cwd=tmp_path/'p', env={**os.environ, 'CFLAGS': extra}, check=True, capture_output=True)
+        so, = (tmp_path/'p'/'fastai_nadam').glob('_kernel*')
+        (tmp_path/f'{extra or "clones"}.so').write_bytes(so.read_bytes())
+    def run(so):
+        load = f"""
+import importlib.machinery as m, importlib.util as u, fastai_nadam.multi_tensor as mt
+spec = u.spec_from_file_location('_kernel', {str(so)!r}, loader=m.ExtensionFileLoader('_kernel', {str(so)!r}))
+mt._kernel = u.module_from_spec(spec)
+spec.loader.exec_module(mt._kernel)
+"""
+        return python('import torch' + load + code, PYTHONHASHSEED='0')
+    assert run(tmp_path/'clones.so') == run(tmp_path/'-DNO_CLONES.so')
+
+# What PyTorch tells
+
+@built
+def test_the_newest_pytorch_has_the_exchange_api():
+    "If this fails, PyTorch has changed, and many small tensors take two to five times as long as they should"
+    if Version(torch.__version__) < Version('2.10'): pytest.skip('this PyTorch has none yet')
+    ts = [[torch.randn(s) for s in ((), (3,), (2, 3), (0, 2))] for _ in range(4)]
+    rows = multi_tensor.ordinary_rows(*ts)
+    assert rows and rows.bytes == kernel_rows(*ts).bytes
+
+@built
+@pytest.mark.parametrize('harm', ['dtype', 'shape', 'strides', 'gaps', 'expanded', 'negative', 'class', 'shared',
+    'overlap', 'sparse', 'meta', 'empty storage', 'shrunk storage', 'not aligned', 'none', 'number'])
+def test_rows_out_of_the_ordinary(harm):
+    "In any place of any row"
+    if not multi_tensor.exchange_api: pytest.skip('this PyTorch has no exchange API')
+    ts = [[torch.randn(4, 4) for _ in range(3)] for _ in range(4)]
+    assert multi_tensor.ordinary_rows(*ts)
+    k, j = random.randrange(4), random.randrange(3)
+    t, other = ts[k][j], ts[(k+1) % 4][(j+1) % 3]
+    def shrunk():
+        x = torch.randn(100)[50:66].view(4, 4)
+        x.untyped_storage().resize_(4*65)
+        return x
+    def emptied():
+        x = torch.randn(4, 4)
+        x.untyped_storage().resize_(0)
+        return x
+    class Other(torch.Tensor): pass
+    bad = {'dtype': lambda: t.double(), 'shape': lambda: t[:2], 'strides': lambda: t.t().contiguous().t(),
+        'gaps': lambda: torch.randn(4, 8)[:, ::2],
+        'expanded': lambda: t[:1].expand(4, 4), 'class': lambda: t.as_subclass(Other), 'shared': lambda: other,
+        'negative': lambda: torch.randn(16, dtype=torch.complex64).conj().imag.as_strided((4, 4), (4, 1)),
+        'overlap': lambda: other.view(-1).as_strided((4, 4), (4, 1)), 'sparse': lambda: t.to_sparse(),
+        'meta': lambda: t.to('meta'),
+        'empty storage': emptied, 'shrunk storage': shrunk, 'none': lambda: None, 'number': lambda: 3.,
+        'not aligned': lambda: torch.frombuffer(bytearray(65), dtype=torch.float32, offset=1).view(4, 4)}[harm]()
+    ts[k][j] = bad
+    assert multi_tensor.ordinary_rows(*ts) is None
+
+@built
+def test_dense_layouts_are_ordinary():
+    if not multi_tensor.exchange_api: pytest.skip('this PyTorch has no exchange API')
+    for shape in ((2, 3, 4, 5), (1, 3, 1, 2), (5, 1), (1,)):
+        order = random.sample(range(len(shape)), len(shape))
+        back = [order.index(i) for i in range(len(shape))]
+        ts = [[torch.randn([shape[i] for i in order]).permute(back)] for _ in range(4)]
+        assert ts[0][0].shape == shape and multi_tensor.ordinary_rows(*ts)
+
+@built
+def test_step_takes_nothing_else():
+    "As the function of the C module is called, with arguments that are no good"
+    rows = kernel_rows(*[[torch.ones(3)] for _ in range(4)])
+    numbers = 0, 1, *[1.]*9
+    for bad in ((), (rows.bytes,), (rows.bytes, (), {}), (rows.bytes, [{}], [], *numbers), (3, [], {}, *numbers)):
+        with pytest.raises(TypeError): _kernel.step(*bad)
+    for bad in ((), (None, [], [], []), (object(), [1]*4, [0]*4, [0]*4)):
+        try: assert _kernel.rows(*bad) is None
+        except TypeError: pass

@@ -10,6 +10,7 @@ from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from fastai.optimizer import SGD, Adam, Lookahead, RAdam
 from fastai.test_utils import RegModel, synth_dbunch
+from fastcore.docments import docments
 from fastcore.foundation import L
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
@@ -62,6 +63,49 @@ def test_set_hypers_forms():
     want = dict(lr=[0.1, 0.1, 1.], mom=[0.5]*3, wd=[0, 0.1, 0.5])
     assert {k: list(opt.hypers.itemgot(k)) for k in want} == want
     assert all(type(v) is float for h in opt.hypers for v in h.values())
+
+@both
+@pytest.mark.parametrize('value', [1e-2, np.array(1e-2), np.float32(1e-2), torch.tensor(1e-2), np.array([1e-2])],
+    ids=repr)
+def test_hypers_that_are_scalars_of_any_kind(opt_func, value):
+    "Without a dimension, or with one"
+    for ps in (groups(model()), list(model().parameters())):
+        opt = opt_func(ps, value)
+        opt.set_hypers(wd=value)
+        opt.set_hypers(eps=value)
+        hypers = [dict(h, wd=value) for h in opt.hypers]
+        if not np.ndim(value): opt.load_state_dict(dict(opt.state_dict(), hypers=hypers))
+        for h in opt.hypers:
+            for k in ('lr', 'wd', 'eps'): assert type(h[k]) is float and h[k] == pytest.approx(1e-2)
+
+def test_hypers_of_other_shapes_are_refused():
+    for value in (np.ones(2), np.ones((1, 2)), torch.ones(2)):
+        with pytest.raises((AssertionError, ValueError)): NAdam(groups(model()), value)
+
+@both
+@each_impl
+def test_printed(impl, opt_func):
+    "Rule, implementation, groups and hypers; in any state, also with lazy parameters and hypers of other kinds"
+    opt = with_impl(opt_func, groups(model()), impl, lr=slice(1e-3, 1e-2))
+    opt.freeze()
+    opt.hypers[0]['note'] = 'x'
+    lines = str(opt).splitlines()
+    assert len(lines) == 4 and opt.rule.__name__ in lines[0] and f'stepped by {opt.impl}' in lines[0]
+    assert 'decoupled' in lines[0] and '2 tensors, 30 elements, frozen' in lines[1] and 'lr 0.01' in lines[3]
+    assert 'frozen' not in lines[3] and 'note x' in lines[1]
+    assert 'L2' in repr(NAdam(nn.LazyLinear(3).parameters(), 0.1, decouple_wd=False))
+
+@pytest.mark.parametrize('foreach', [None, True, False])
+@pytest.mark.parametrize('fused', [None, True, False])
+def test_what_the_arguments_say(foreach, fused):
+    "The words of the docments: one of the two False and the other not True gives the steppers"
+    for opt_func in (NAdam, DozatNAdam):
+        doc = docments(opt_func)
+        assert doc['foreach'] == 'Use foreach functions? Both None: the fastest that the tensors allow'
+        assert doc['fused'] == 'Use a fused kernel? One of the two False and the other not True: the steppers'
+    try: impl = NAdam(model().parameters(), 0.1, foreach=foreach, fused=fused).impl
+    except ValueError: return # no fused kernel in an older PyTorch
+    assert (impl == 'steppers') == (False in (foreach, fused) and True not in (foreach, fused))
 
 @each_impl
 @pytest.mark.parametrize('wrap', [lambda o: o, Lookahead])

@@ -87,13 +87,13 @@ def test_equal_optimizers_are_declared_different_at_about_the_nominal_rate(pair,
     assert stats.binomtest(found, runs, 0.08, alternative='greater').pvalue > 1e-4, f'{found} of {runs}'
 
 def test_the_verdict_has_the_rate_too():
-    """Several comparisons show something as seldom as one, after Holm's correction: 200 invented comparisons, always the
+    """Several comparisons show something as seldom as one, after Holm's correction: 100 invented comparisons, always the
     same, of five equal optimizers with a single point"""
-    rng, runs, found = np.random.default_rng(0), 200, 0
+    rng, runs, found = np.random.default_rng(0), 100, 0
     for _ in range(runs):
         c = Comparison(invent(dict(A=0, B=0, C=0, D=0, Adam=0), rng, own=.005, worse={1e-2: 0}), 'valid_loss')
         found += 'better than' in c.verdict() or 'worse than' in c.verdict()
-    assert found <= 15, f'{found} of {runs}' # 10 are expected at most, and 18 and more were seen without Holm's
+    assert found <= 12, f'{found} of {runs}' # without the correction it is 20
     assert "Holm's correction for 4 comparisons" in c.verdict()
 
 def test_a_difference_of_known_size_is_found_and_its_interval_covers_it(rng):
@@ -347,7 +347,7 @@ def test_the_log_of_a_metric_below_0_is_refused(rng):
 def test_the_effect_of_all_trials_is_that_of_the_best_points(sign, rng):
     c = Comparison(invent(dict(NAdam=.02, Adam=0), rng, sign=sign), 'f1_score' if sign > 0 else 'loss')
     a, b = (c.points(o) for o in ('NAdam', 'Adam'))
-    best = [o.judge.loc[(o.choose*sign).idxmax()] for o in (a, b)]
+    best = [o.judge.iloc[(o.choose*sign).to_numpy().argmax()] for o in (a, b)]
     assert c.trials_effect(len(a), 'NAdam')['diff'] == pytest.approx(best[0] - best[1])
     assert c.trials_effect(1, 'NAdam')['diff'] == pytest.approx(a.judge.mean() - b.judge.mean())
 

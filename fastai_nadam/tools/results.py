@@ -242,10 +242,12 @@ def _estimate(self, opt, base, log):
     tables = [_tables(self, o, trials=False, log=log) for o in (opt, base) if o]
     seeds = tables[0][0].index.intersection(tables[-1][0].index)
     if not (n := len(seeds)): return math.nan, math.nan, 0
+    if all(judge.shape[1] == 1 for _,judge in tables): # nothing was chosen
+        x = np.subtract.reduce([judge.loc[seeds].iloc[:,0].to_numpy() for _,judge in tables])
+        return self.sign*x.mean(), standard_error(x), n
     draws = np.random.default_rng(0).multinomial(n, [1/n]*n, 4000)/n
     found = (corrected(*(t.loc[seeds].to_numpy() for t in pair), draws) for pair in tables)
     mean, boots, x = map(np.subtract.reduce, zip(*found)) # a single one stays as it is
-    if all(choose.shape[1] == 1 for choose,_ in tables): boots = None # nothing was chosen
     return self.sign*mean, standard_error(x, boots), n
 
 @patch

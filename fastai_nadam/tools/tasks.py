@@ -16,24 +16,15 @@ from .data import check_images, data_path, downloads, image_dls, list_images
 from .train import make_learner as image_learner
 
 # %% ../../nbs/14_tasks.ipynb #a01fcd5d
-class TensorDL(DataLoader):
-    "Batches of tensors in memory; with `n_batches`, an epoch is that many batches drawn again without replacement"
-    def __init__(self, tensors, bs, n_batches=None, **kwargs):
-        self.tensors, self.n_batches = tensors, n_batches
-        super().__init__(range(len(tensors[0])), bs=bs, do_item=noops, device=default_device(), **kwargs)
-        if n_batches: self.n = n_batches*bs
-    def get_idxs(self):
-        return self.rng.sample(range(len(self.dataset)), self.n) if self.n_batches else super().get_idxs()
-    def create_batch(self, idxs): return tuple(t[idxs] for t in self.tensors)
-
-# %% ../../nbs/14_tasks.ipynb #b0a10020
 def tensor_dls(
     *sets:tuple, # (inputs, targets) for training, for validation and, if there are three, for test
     bs:int # Training items per batch
 ) -> DataLoaders:
     "`DataLoaders` of tensors in memory"
-    train, *others = sets
-    return DataLoaders(TensorDL(train, bs, shuffle=True, drop_last=True), *(TensorDL(o, 1000) for o in others))
+    def dl(x, y, **kwargs):
+        def batch(i): return x[i], y[i]
+        return DataLoader(range(len(x)), do_item=noops, create_batch=batch, device=default_device(), **kwargs)
+    return DataLoaders(dl(*sets[0], bs=bs, shuffle=True, drop_last=True), *(dl(*o, bs=1000) for o in sets[1:]))
 
 # %% ../../nbs/14_tasks.ipynb #e1f0a9d2
 def split_dls(x, y, sizes, bs):

@@ -32,3 +32,4 @@ for i in 1 2 3; do # exploratory: three more searches, each with the next 32 poi
     for t in $tasks; do compare short-$i $t --opts "$pair" --epochs 2 $search --skip $((32*i)); done
     for t in $tasks; do compare middle-$i $t --opts "$pair" --epochs 8 $search --skip $((32*i)); done
 done
+./run_user.sh "$out" # what a fastai user asks: PROTOCOL.md

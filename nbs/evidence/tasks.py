@@ -9,9 +9,18 @@ from importlib.util import find_spec
 
 from fastai.tabular.all import *
 from fastai.vision.models.xresnet import ResBlock, XResNet
-from fastai_nadam.tools.tasks import TensorDL as PartDL, classifier
 
 def package_file(package, *path): return Path(find_spec(package).origin).parent.joinpath(*path)
+
+class PartDL(DataLoader):
+    "Batches of tensors in memory; with `n_batches`, an epoch is that many batches drawn again without replacement"
+    def __init__(self, tensors, bs, n_batches=None, **kwargs):
+        self.tensors, self.n_batches = tensors, n_batches
+        super().__init__(range(len(tensors[0])), bs=bs, do_item=noops, device=default_device(), **kwargs)
+        if n_batches: self.n = n_batches*bs
+    def get_idxs(self):
+        return self.rng.sample(range(len(self.dataset)), self.n) if self.n_batches else super().get_idxs()
+    def create_batch(self, idxs): return tuple(t[idxs] for t in self.tensors)
 
 def split_dls(
     tensors:tuple, # Inputs and targets
@@ -25,6 +34,7 @@ def split_dls(
     train = PartDL(train, bs, n_batches, shuffle=not n_batches, drop_last=True)
     return DataLoaders(train, PartDL(tune, 500), PartDL(test, 500))
 
+def classifier(dls, model, opt_func): return Learner(dls, model, CrossEntropyLossFlat(), opt_func, metrics=accuracy)
 def regressor(dls, model, opt_func): return Learner(dls, model, MSELossFlat(), opt_func)
 
 # Images: digits of 8 × 8 pixels, with a residual network
