@@ -98,7 +98,9 @@ def finetune_in_short():
     time = seconds('finetune', tuned)
     more = ''
     if name in df.index: more = f" With the best of 10 settings for each, the difference is {said(df.loc[name])}."
-    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on {first.k:.0f} small tasks, the test loss
+    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on
+{first.k:.0f} small tasks (of the {len(tuned)} that the
+protocol names), the test loss
 with `NAdam` differs from that with fastai's `Adam` by {said(first)}: the mean over tasks, with its
 95 % interval. It is lower on {first.better:.0f} of them. In the words of the protocol this is "{first.verdict}":
 {meaning[first.verdict]}.
