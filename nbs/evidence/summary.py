@@ -255,6 +255,7 @@ def users_table():
         e = user.effects(*user.questions[q][:2])
         rows[q] = {'NAdam − Adam': percent(r), '90 % interval': f'{num(r.low90)} to {num(r.high90)}',
             'p, after Holm': f'{r.p_holm:.2f}', 'lower on': lower(r), 'seeds': f'{e.n.min():.0f}',
+            'tasks not run': f'{r.missing:.0f}',
             'which': 'primary' if r.primary else 'secondary', 'verdict': r.verdict}
     return pd.DataFrame(rows).T
 

@@ -96,10 +96,13 @@ def finetune_in_short():
     first, name = df.loc['fine-tune, default base_lr'], 'fine-tune, best of 10 points'
     exact = plain_mean(effects('finetune', tuned, 'NAdam(nesterov=False)'))
     time = seconds('finetune', tuned)
-    more = f" With the best of 10 settings for each, the difference is {said(df.loc[name])}." if name in df.index else ''
-    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on {first.k:.0f} small tasks, the test loss with
-`NAdam` differs from that with fastai's `Adam` by {said(first)}: the mean over tasks, with its 95 % interval. It is
-lower on {first.better:.0f} of them. In the words of the protocol this is "{first.verdict}":
+    more = ''
+    if name in df.index: more = f" With the best of 10 settings for each, the difference is {said(df.loc[name])}."
+    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on
+{first.k:.0f} small tasks (of the {len(tuned)} that the
+protocol names), the test loss
+with `NAdam` differs from that with fastai's `Adam` by {said(first)}: the mean over tasks, with its
+95 % interval. It is lower on {first.better:.0f} of them. In the words of the protocol this is "{first.verdict}":
 {meaning[first.verdict]}.
 `NAdam(nesterov=False)`, which is `Adam` with exact bias correction, differs from it by {said(exact)}
 (exploratory).{more}
