@@ -202,7 +202,7 @@ def test_a_damaged_line_is_named(line, old, new, stored):
 @pytest.mark.parametrize('data', [b'\0'*50, b'\xff', b'tiny,\xff\n', b'\0\n'])
 def test_results_that_are_no_text_are_refused(data, stored):
     with open(stored/'results.csv', 'ab') as f: f.write(data)
-    with pytest.raises(ValueError, match=r"results.csv' is no text"): Comparison.load(stored)
+    with pytest.raises(ValueError, match=r"results.csv' is invalid: "): Comparison.load(stored)
 
 @pytest.mark.parametrize('entry, value', [(None, []), (None, 'x'), (None, None), ('settings', None), ('settings', []),
     ('versions', 3), ('versions', {'torch': 2}), ('more', 1), ('opts', 'Adam'), ('opts', None), ('opts', [1]),

@@ -399,7 +399,8 @@ def verdict(self:Comparison) -> str:
     how = f"{self.what}; 95 % intervals"
     if noisy or equal: how += f'; a difference up to {margin} counts as none'
     if len(found) > 1: how += f"; Holm's correction for {len(found)} comparisons"
-    return '. '.join([*(said or [f"Nothing to compare {base} with"]), f"({how[0].upper()}{how[1:]})", *_notes(self, s)])
+    said = '. '.join(said) or f"Nothing to compare {base} with"
+    return '. '.join([f'{said} ({how})', *_notes(self, s)])
 
 # %% ../../nbs/15_results.ipynb #eff1a006
 def _edges(tried, best, opt):

@@ -1,4 +1,4 @@
-"""What the stored results of `tutorial.compare` say, by `Comparison`: effects on tasks, over searches and over trials"""
+"""The stored results of `tutorial.compare`, by `Comparison`: effects on tasks, over searches and over trials"""
 from pathlib import Path
 
 import numpy as np, pandas as pd
