@@ -84,7 +84,8 @@ def test_a_run_is_what_fastai_does_by_itself():
 def test_moms_are_those_of_fastai(moms, full, tmp_path):
     kw = dict(make_learner=partial(tiny, test=True), opts=['Adam'], lrs=[1e-2], seeds=[3], task='t', out=tmp_path)
     df = compare(**kw, moms=moms)
-    assert np.allclose(df[['train_loss', 'valid_loss']], [r[:2] for r in by_hand(3, 2, 1e-2, moms=full)[0][-1:]], rtol=1e-5)
+    rows = by_hand(3, 2, 1e-2, moms=full)[0]
+    assert np.allclose(df[['train_loss', 'valid_loss']], [r[:2] for r in rows[-1:]], rtol=1e-5)
     with pytest.raises(ValueError, match='another comparison, with moms'): compare(**kw, moms=.5)
 
 def test_the_default_momentum_is_a_point_of_the_shape(): assert cycle_moms(.95) == (.95, .85, .95)
@@ -189,7 +190,8 @@ def stored(made, tmp_path): return Path(shutil.copytree(made, tmp_path/'stored')
 
 @pytest.mark.parametrize('line, old, new', [(5, ',', ';'), (8, '$', ',1'), (7, 'False', 'no'), (3, ',0.1,', ',x,'),
     (6, 'Adam', 'adam'), (9, '.+', ''), (1, '.+', 'opt,lr'), (6, '0.0', '1e'), (4, '^tiny', 'other'), (3, '^', '"'),
-    (8, ',[^,]*,False', ',-1,False'), (7, ',[012],', ',-1,'), (5, '0.1', '10'*400), (6, '$', chr(27)), (9, 'tiny', 'x'*200_000)])
+    (8, ',[^,]*,False', ',-1,False'), (7, ',[012],', ',-1,'), (5, '0.1', '10'*400), (6, '$', chr(27)),
+    (9, 'tiny', 'x'*200_000)])
 def test_a_damaged_line_is_named(line, old, new, stored):
     lines = (stored/'results.csv').read_text().split('\n')
     lines[line-1] = re.sub(old, new, lines[line-1])
@@ -207,9 +209,9 @@ def test_results_that_are_no_text_are_refused(data, stored):
 @pytest.mark.parametrize('entry, value', [(None, []), (None, 'x'), (None, None), ('settings', None), ('settings', []),
     ('versions', 3), ('versions', {'torch': 2}), ('more', 1), ('opts', 'Adam'), ('opts', None), ('opts', [1]),
     ('task', 3), ('epochs', 0), ('epochs', '2'), ('epochs', 2.), ('metric', None), ('lower_is_better', 'yes'),
-    ('moms', .9), ('moms', [.9, .8]), ('moms', [.9, .8, 1]), ('chance', 'x'), ('chance', math.nan), ('trial_seeds', 'x'),
-    ('trial_seeds', [.5]), ('freeze_epochs', -1), ('lr_find', 1), ('batches', None), ('unknown', 1),
-    ('task', 'x'*10**5), ('task', '\x1b[31m')], ids=name)
+    ('moms', .9), ('moms', [.9, .8]), ('moms', [.9, .8, 1]), ('chance', 'x'), ('chance', math.nan),
+    ('trial_seeds', 'x'), ('trial_seeds', [.5]), ('freeze_epochs', -1), ('lr_find', 1), ('batches', None),
+    ('unknown', 1), ('task', 'x'*10**5), ('task', '\x1b[31m')], ids=name)
 def test_settings_are_checked_whole_before_use(entry, value, stored):
     file = stored/'settings.json'
     data = json.loads(file.read_text())
@@ -451,7 +453,8 @@ def test_lr_find_gives_the_learning_rate_of_each_seed(whose, kwargs, tmp_path, m
     for seed in range(3): # and then it trains as if nothing had been before
         lr = found['min']['Adam', seed]
         kw2 = dict(kw, lrs=[lr], seeds=[seed], opts=[Adam], lr_find=None)
-        a, b = (d.results[(d.results.opt == 'Adam') & (d.results.seed == seed)] for d in (c, compare_opts(tuned, **kw2)))
+        tables = c.results, compare_opts(tuned, **kw2).results
+        a, b = (df[(df.opt == 'Adam') & (df.seed == seed)] for df in tables)
         assert np.allclose(a.valid_loss, b.valid_loss, rtol=1e-4)
     before = Path('out/results.csv').read_bytes()
     assert same(compare_opts(tuned, **kw, out='out', n_workers=2).results, c.results)
@@ -607,7 +610,8 @@ def test_no_import_asks_for_a_gpu():
 import torch
 def asked(*args, **kwargs): raise AssertionError('an import asked for a GPU')
 import fastai.vision.all
-for k in ('is_available', 'current_device', 'device_count', 'init', '_lazy_init', 'get_device_name'): setattr(torch.cuda, k, asked)
+for k in ('is_available', 'current_device', 'device_count', 'init', '_lazy_init', 'get_device_name'):
+    setattr(torch.cuda, k, asked)
 import pkgutil, importlib, fastai_nadam.all, fastai_nadam.tools as tools
 for m in pkgutil.iter_modules(tools.__path__): importlib.import_module(f'fastai_nadam.tools.{m.name}')
 """

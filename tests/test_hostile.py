@@ -332,8 +332,8 @@ def test_no_untrusted_pickle_is_read():
             assert not re.search(r'(pickle|dill|joblib)\.(load|loads|Unpickler)$|\bload_learner$|\bload_model$',
                 name), where
 
-@pytest.mark.parametrize('name', ['results.csv', '.results.csv.part', 'settings.json', '.settings.json.part', 'results.png',
-    '.results.png.part'])
+@pytest.mark.parametrize('name', ['results.csv', '.results.csv.part', 'settings.json', '.settings.json.part',
+    'results.png', '.results.png.part'])
 def test_compare_in_a_hostile_folder(name, tmp_path, capsys):
     "A link in place of any file that it writes is refused before anything is trained"
     (tmp_path/'victim').write_text('precious')

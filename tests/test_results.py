@@ -87,8 +87,8 @@ def test_equal_optimizers_are_declared_different_at_about_the_nominal_rate(pair,
     assert stats.binomtest(found, runs, 0.08, alternative='greater').pvalue > 1e-4, f'{found} of {runs}'
 
 def test_the_verdict_has_the_rate_too():
-    """Several comparisons show something as seldom as one, after Holm's correction: 100 invented comparisons, always the
-    same, of five equal optimizers with a single point"""
+    """Several comparisons show something as seldom as one, after Holm's correction: 100 invented comparisons, always
+    the same, of five equal optimizers with a single point"""
     rng, runs, found = np.random.default_rng(0), 100, 0
     for _ in range(runs):
         c = Comparison(invent(dict(A=0, B=0, C=0, D=0, Adam=0), rng, own=.005, worse={1e-2: 0}), 'valid_loss')

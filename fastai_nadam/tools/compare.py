@@ -163,8 +163,8 @@ def compare_opts(
     seeds:int|list=10, # Seeds, or how many of them
     momenta:list|None=None, # High momenta of the cycle, from 2/3 on; None: the momentum is as the `Learner` has it
     wds:list|None=None, # Weight decays; None: the optimizer's own
-    **kwargs # As in `nadam-compare`: fine_tune, freeze_epochs, lr_find, moms, metric, lower_is_better, baseline, margin,
-        # grow, task, out, n_workers
+    **kwargs # As in `nadam-compare`: fine_tune, freeze_epochs, lr_find, moms, metric, lower_is_better, baseline,
+        # margin, grow, task, out, n_workers
 ) -> Comparison:
     "Train with every optimizer, point and seed. Raises a `ValueError` that names the invalid argument"
     lr_find = kwargs.get('lr_find')
@@ -251,9 +251,10 @@ def compare(
     if n_workers is None: n_workers = {0: defaults.cpus, 1: 0}.get(torch.cuda.device_count(), torch.cuda.device_count())
     out = Path(out or f"runs/compare-{Path(name).name}{'-quick'*quick}").expanduser()
     if lrs is None and not (lr_find or fine_tune): lrs = task_lrs[1:3] if quick else task_lrs
-    kw = dict(fine_tune=fine_tune, freeze_epochs=freeze_epochs, lr_find=lr_find, opts=[o for o in re.split(r',(?![^(]*\))', opts) if o.strip()], # not at the commas in parentheses
-        lrs=lrs, epochs=task_epochs if epochs is None else epochs,
-        seeds=seeds, moms=moms, metric=metric, lower_is_better=lower_is_better, baseline=baseline, margin=margin,
+    opts = [o for o in re.split(r',(?![^(]*\))', opts) if o.strip()] # not at the commas in parentheses
+    kw = dict(opts=opts, lrs=lrs, lr_find=lr_find, fine_tune=fine_tune, freeze_epochs=freeze_epochs,
+        epochs=task_epochs if epochs is None else epochs, seeds=seeds, moms=moms, metric=metric,
+        lower_is_better=lower_is_better, baseline=baseline, margin=margin,
         grow=grow, task=name, out=out, n_workers=n_workers)
     if search: c = search_opts(make, search=search.split(','), trials=trials, trial_seeds=trial_seeds, skip=skip, **kw)
     else: c = compare_opts(make, momenta=momenta, wds=wds, **kw)

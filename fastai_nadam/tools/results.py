@@ -109,7 +109,7 @@ class Comparison:
         lower_is_better:bool|None=None, # Is less of it better? None: as is known of its name
         baseline:str|None=None, # Optimizer that the others are compared with; None: Adam if it is there, else the last
         margin:float|None=None, # Difference that does not matter; None: 0.01 of a proportion, else 2 % of the baseline
-        chance:float|None=None, # The metric before training, which a diverged run counts as; None: the worst of the runs
+        chance:float|None=None, # The metric before training, for a diverged run; None: the worst of the runs
         trial_seeds:list=(), # Seeds of a search's trials, which choose; the others judge. Empty: all do both
         **settings # Order of the `opts`, and what else was noted
     ):
