@@ -3,6 +3,3 @@
 set -eu
 cd "$(dirname "$0")"
 nadam-bench --compiled --training --growth --json bench.json "$@"
-# and without the kernel in C
-export FASTAI_NADAM_KERNEL=0
-nadam-bench --nets xresnet34 --opts NAdam,DozatNAdam --training --json bench_without_kernel.json "$@"
