@@ -14,7 +14,6 @@
 #include <Python.h>
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 /* Have the compiler write a function three times, for the processors there are; the right one is taken when it runs */
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(NO_CLONES)
@@ -202,38 +201,9 @@ out_of_the_ordinary:
     Py_RETURN_NONE;
 }
 
-typedef struct { uint64_t start, end; } Span;
-static int by_start(const void *a, const void *b) {
-    uint64_t x = ((const Span *)a)->start, y = ((const Span *)b)->start;
-    return (x > y) - (x < y);
-}
-
-/* Has each of the tensors in `rows` memory of its own? */
-static PyObject *apart(PyObject *module, PyObject *args) {
-    const char *bytes; Py_ssize_t len; int size;
-    if (!PyArg_ParseTuple(args, "y#i", &bytes, &len, &size)) return NULL;
-    const Row *r = (const Row *)bytes, *last = r + len / sizeof(Row);
-    Span *spans = PyMem_Malloc(4 * (last - r + 1) * sizeof(Span));
-    if (!spans) return PyErr_NoMemory();
-    size_t n = 0, i;
-    for (; r < last; r++) {
-        if (!r->n) continue;
-        for (i = 0; i < 4; i++) {
-            uint64_t start = (&r->p)[i];
-            spans[n].start = start;
-            spans[n++].end = start + r->n*size;
-        }
-    }
-    qsort(spans, n, sizeof(Span), by_start);
-    for (i = 1; i < n && spans[i-1].end <= spans[i].start; i++);
-    PyMem_Free(spans);
-    return PyBool_FromLong(i >= n);
-}
-
 /* What Python has to know about this module: its name, and its functions */
 static PyMethodDef methods[] = {
     {"rows", rows, METH_VARARGS, "rows(exchange_api, tensors, starts, sizes)"},
-    {"apart", apart, METH_VARARGS, "apart(rows, element_size)"},
     {"step", step, METH_VARARGS,
         "step(rows, states, new, is_double, threads, lr, mom, sqr_mom, eps, wd, l2, a, b, debias2)"},
     {0}};

@@ -195,10 +195,10 @@ def _batches(self:NAdamOptimizer, groups, ps, states, one_by_one=None):
         return impl and (impl, p.dtype, p.device)
     if one_by_one is None: kinds = [kind(ps[0])]*len(ps)
     else: kinds = [None if j in one_by_one else kind(p) for j,p in enumerate(ps)]
-    res = defaultdict(list)
     shared = ('step', 'sqr_mom_prod', 'do_wd', *self.rule(step=1, **self.hypers[0])[2])
-    for j,(i,kind,state) in enumerate(zip(groups, kinds, states)):
-        res[(kind, i, *map(state.get, shared)) if kind else (None, i)].append(j)
+    numbers = [[s.get(k) for s in states] for k in shared]
+    res = defaultdict(list)
+    for j,key in enumerate(zip(kinds, groups, *numbers)): res[key if key[0] else key[:2]].append(j)
     return [_Batch(kind and kind[0], i, idxs) for (kind,i,*_),idxs in res.items()]
 
 # %% ../nbs/03_optimizer.ipynb #30se
@@ -214,12 +214,15 @@ def step(self:NAdamOptimizer, closure=None):
         for pg in self.param_lists]
     groups, ps = [i for i,pg in enumerate(in_groups) for _ in pg], sum(in_groups, [])
     if not ps: return
-    gs, states = [p.grad for p in ps], [self.state[p] for p in ps]
+    gs, states, one_by_one = [p.grad for p in ps], [self.state[p] for p in ps], None
     def averages(): return [[s.get(k) for s in states] for k in avgs]
-    rows = ordinary_rows(ps, gs, *averages())
-    one_by_one = None if rows else self._prepare(ps, gs, states)
+    ms, vs = averages()
+    rows = ordinary_rows(ps, gs, ms, vs)
+    if rows is None:
+        one_by_one = self._prepare(ps, gs, states)
+        ms, vs = averages() # some may be new
     batches = self._batches(groups, ps, states, one_by_one)
-    lists = ps, gs, *averages(), states # again, as averages may have been started
+    lists = ps, gs, ms, vs, states
     with nullcontext() if all(b.impl is kernel_step for b in batches) else ctrl_c_waits():
         for b in batches: self._step_batch(b, rows, hypers[b.group], *map(b.take, lists))
 

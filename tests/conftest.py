@@ -16,6 +16,19 @@ seed = int(os.environ.get('NADAM_TEST_SEED', random.SystemRandom().randrange(2**
 def pytest_addoption(parser):
     parser.addoption('--device', default='cpu', help='where tensors are made: pytest tests/test_impls.py --device cuda')
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A worker that has nothing left takes tests from another, so none waits long at the end"
+    from xdist.scheduler import WorkStealingScheduling
+    return WorkStealingScheduling(config, log)
+
+def pytest_collection_modifyitems(items):
+    "Each of two workers begins with half of the notebooks, which take longest"
+    notebooks = [o for o in items if 'test_notebooks.py' in o.nodeid]
+    others = [o for o in items if o not in notebooks]
+    half = len(items)//2 - len(notebooks[::2])
+    items[:] = notebooks[::2] + others[:half] + notebooks[1::2] + others[half:]
+
 @pytest.fixture(autouse=True)
 def on_device(request):
     "Have tensors made where the option says"
@@ -33,12 +46,6 @@ def seeded(request):
     random.seed(s)
     np.random.seed(s)
     torch.manual_seed(s)
-
-@pytest.fixture(scope='session')
-def all_cores():
-    "The environment of a process that may use this worker's share of the cores"
-    n = os.cpu_count() // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
-    return {**os.environ, 'OMP_NUM_THREADS': str(max(1, n))}
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item):

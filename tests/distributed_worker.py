@@ -1,5 +1,5 @@
-"What test_distributed.py runs in each of its processes: `python distributed_worker.py JOB FOLDER`"
-import os, sys
+"What test_distributed.py runs in each of its processes"
+import os
 from functools import partial
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def resume(folder):
     room.check_gpu, room.setup_distrib = lambda fp16: None, lambda gpu: None
     distrib_ctx = Learner.distrib_ctx
     Learner.distrib_ctx = lambda learn: distrib_ctx(learn, sync_bn=False, cpu=True)
-    args = dict(arch='squeezenet1_1', epochs=3, bs=128, lr=1e-3)
+    args = dict(data=f'{folder}/four_seven', arch='squeezenet1_1', size=24, epochs=3, bs=4, lr=1e-3, num_workers=0)
     def out(name): return f'{folder}/{name}' + ('' if dist.get_rank() == 0 else '-of-rank-1')  # where nothing should be
     room.train(**args, out=out('whole'))
     new_learner = room.new_learner
@@ -122,11 +122,11 @@ def resume(folder):
     learn = room.train(resume=f'{folder}/part')
     torch.save(learn.model.state_dict(), f'{folder}/{dist.get_rank()}.pth')
 
-if __name__ == '__main__':
+def work(job, folder, env):
+    os.environ.update(env)
     torch.set_num_threads(1)
-    job, folder = sys.argv[1:]
-    if 'WORLD_SIZE' in os.environ: dist.init_process_group('gloo')
+    if 'WORLD_SIZE' in env: dist.init_process_group('gloo')
     globals()[job](folder)
     if dist.is_initialized(): dist.barrier()
-    print('done', flush=True)
+    print('done')
     os._exit(0)  # gloo sometimes aborts at the interpreter's exit

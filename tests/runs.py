@@ -1,6 +1,6 @@
-"What the tests of nadam-train share: a folder of a few images, tiny options, commands, and runs that are stopped"
-import signal, subprocess, sys
-from functools import partial
+"What the tests of the commands share: processes, a folder of a few images, tiny options, and runs that are stopped"
+import multiprocessing, os, signal, sys, tempfile, time
+from pathlib import Path
 
 import pandas as pd, pytest, torch
 from fastai.vision.all import Callback, Image
@@ -9,6 +9,43 @@ from fastai_nadam.tools import train as room
 from fastai_nadam.tools.data import digits_path
 from fastai_nadam.tools.train import main, new_learner
 from helpers import same
+
+processes = multiprocessing.get_context('forkserver')
+processes.set_forkserver_preload(['pytest', 'fastai.vision.all', 'fastai_nadam.tools.compare', 'nbdev.test'])
+streams = tempfile.TemporaryDirectory(prefix='streams-')
+
+class Forked(processes.Process):
+    "`f(*args)` as a command in a shell, but with everything imported already. `f` gives its exit code"
+    def __init__(self, f, *args, cwd='.', before=None):
+        super().__init__()
+        self.f, self.args, self.cwd, self.before = f, args, Path(cwd).absolute(), before
+        self.files = [Path(streams.name)/f'{self.name}.{o}' for o in ('out', 'err')]
+        self.start()
+
+    def run(self):
+        for fd,file in enumerate(self.files, 1): os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600), fd)
+        sys.stdout, sys.stderr = (open(fd, 'w', buffering=1, closefd=False) for fd in (1, 2))
+        signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's `&` has it ignored
+        os.chdir(self.cwd)
+        if self.before: self.before()
+        sys.exit(self.f(*self.args))
+
+    def said(self, i): return self.files[i].read_text() if self.files[i].exists() else ''
+    out, err = (property(lambda self, i=i: self.said(i)) for i in (0, 1))
+
+    def until(self, condition):
+        "Wait until `condition()`, or for the end"
+        end = time.time() + 120
+        while time.time() < end and self.is_alive() and not condition(): time.sleep(0.02)
+
+    def send_signal(self, s): os.kill(self.pid, s)
+
+    def ended(self, timeout=120):
+        "Its exit code, once it has ended; after `timeout` seconds it is killed"
+        self.join(timeout)
+        self.kill()
+        self.join()
+        return self.exitcode
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -27,12 +64,6 @@ def tiny(folder): return dict(data=str(folder), arch='squeezenet1_1', size=24, b
 def here(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
 
 def argv(*flags, **kw): return [*flags, *(f'--{k}={v}' for k,v in kw.items())]
-
-def start(args, cwd, **kw):
-    "`nadam-train` in a process of its own"
-    before = kw.get('before', partial(signal.signal, signal.SIGINT, signal.SIG_DFL)) # a shell's `&` has it ignored
-    return subprocess.Popen([sys.executable, '-m', 'fastai_nadam.tools.train', *map(str, args)], cwd=cwd, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before)
 
 def refused(capsys, args):
     "Run `main`, which must exit with 2 and one line"

@@ -1,6 +1,5 @@
 "nadam-train, stopped and killed: what is deleted, what is kept, and that a resumed run is the same run"
-import json, math, os, random, shutil, signal, sys, time
-from contextlib import suppress
+import json, math, os, random, shutil, signal, time
 from functools import partial
 
 import pytest, torch
@@ -9,7 +8,7 @@ from fastai.vision.all import Learner, Path
 from fastai_nadam.tools import checkpoint as room, train as train_room
 from fastai_nadam.tools.checkpoint import Checkpoint, run_folder
 from fastai_nadam.tools.train import main, new_learner, train
-from runs import Stop, argv, folder, here, names, refused, same_run, start, stop, tiny
+from runs import Forked, Stop, argv, folder, here, names, refused, same_run, stop, tiny
 
 @pytest.fixture(scope='module')
 def whole(tiny, tmp_path_factory):
@@ -58,39 +57,31 @@ def test_bug_is_not_hidden(tiny, tmp_path, stop):
     with pytest.raises(RuntimeError, match='bug'): stop(RuntimeError('bug'), argv(**tiny), at=None)
     assert not names(tmp_path)
 
-def started(args, cwd, epoch=1):
-    "A run that has ended `epoch`"
-    p = start(args, cwd)
-    for line in p.stdout:
-        if line.startswith(f'{epoch} '): return p
-    pytest.fail(p.stderr.read())
+@pytest.fixture
+def training(tiny, tmp_path):
+    "A run that has ended two of many epochs"
+    p = Forked(main, argv(**{**tiny, 'epochs': 1000}, out='out'), cwd=tmp_path)
+    p.until(lambda: '\n1 ' in p.out)
+    yield p
+    p.ended(0)
 
-def test_ctrl_c(tiny, tmp_path):
-    p = started(argv(**{**tiny, 'epochs': 1000}, out='out'), tmp_path)
-    try:
-        p.send_signal(signal.SIGINT)
-        out, err = p.communicate(timeout=60)
-    finally: p.kill()
-    assert p.returncode == 130 and err.splitlines()[-1] == 'nadam-train: interrupted' and 'Traceback' not in err
-    assert out.rstrip().endswith('nadam-train --resume out') and (tmp_path/'out'/'checkpoint.pth').exists()
+def test_ctrl_c(training, tmp_path):
+    training.send_signal(signal.SIGINT)
+    assert training.ended() == 130 and training.err == 'nadam-train: interrupted\n'
+    assert training.out.rstrip().endswith('nadam-train --resume out') and (tmp_path/'out'/'checkpoint.pth').exists()
 
 # What is deleted, and by whom
 
-def test_one_run_at_a_time_in_a_folder(tiny, tmp_path, capsys):
+def test_one_run_at_a_time_in_a_folder(training, tiny, tmp_path, capsys):
     "Ctrl-Z after an epoch; another process wants the folder; fg and Ctrl-C"
-    p = started(argv(**{**tiny, 'epochs': 1000}, out='out'), tmp_path)
-    try:
-        p.send_signal(signal.SIGSTOP)
-        before = {f: f.read_bytes() for f in (tmp_path/'out').iterdir()}
-        for args in (['--resume=out'], argv(**tiny, out='out')):
-            assert "another run is at work in" in refused(capsys, args)
-            assert capsys.readouterr().out == ''  # no advice about the other's run
-        assert {f: f.read_bytes() for f in (tmp_path/'out').iterdir()} == before
-        p.send_signal(signal.SIGCONT)
-        p.send_signal(signal.SIGINT)
-        out, err = p.communicate(timeout=60)
-    finally: p.kill()
-    assert p.returncode == 130, err
+    training.send_signal(signal.SIGSTOP)
+    before = {f: f.read_bytes() for f in (tmp_path/'out').iterdir()}
+    for args in (['--resume=out'], argv(**tiny, out='out')):
+        assert "another run is at work in" in refused(capsys, args)
+        assert capsys.readouterr().out == ''  # no advice about the other's run
+    assert {f: f.read_bytes() for f in (tmp_path/'out').iterdir()} == before
+    for s in (signal.SIGCONT, signal.SIGINT): training.send_signal(s)
+    assert training.ended() == 130, training.err
     assert names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
 
 def resumed_elsewhere(path):
@@ -131,13 +122,12 @@ def test_fg_after_the_run_has_ended_elsewhere(rc, tiny, tmp_path, monkeypatch, s
 def test_a_full_disk(tiny, whole, tmp_path):
     "The first checkpoint has no state of the optimizer and fits; the second does not"
     resource = pytest.importorskip('resource')
-    size = (whole/'model.pth').stat().st_size
-    def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (size*2//3, size*2//3))
-    p = start(argv(**tiny, seed=7, out='out'), tmp_path, before=limit)
-    out, err = p.communicate(timeout=120)
-    assert p.returncode == 2 and err.splitlines()[-1].startswith("nadam-train: cannot write '")
-    assert err.endswith("out/checkpoint.pth': File too large\n") and 'Traceback' not in err
-    assert out.endswith('nadam-train --resume out\n')
+    size = (whole/'model.pth').stat().st_size*2//3
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    p = Forked(main, argv(**tiny, seed=7, out='out'), cwd=tmp_path, before=limit)
+    assert p.ended() == 2 and p.err.startswith("nadam-train: cannot write '") and p.err.count('\n') == 1
+    assert p.err.endswith("out/checkpoint.pth': File too large\n")
+    assert p.out.endswith('nadam-train --resume out\n')
     assert names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
     assert main(['--resume', 'out']) == 0
     same_run(tmp_path/'out', whole)
@@ -153,17 +143,6 @@ def test_a_disk_that_is_full_at_the_end(tiny, whole, tmp_path, capfd, monkeypatc
 
 # What resumes
 
-def run_and_kill(args, seconds):
-    "`main` in a process that has everything loaded, killed for good after so many seconds"
-    pid = os.fork()
-    if not pid:
-        with suppress(BaseException), open(os.devnull, 'w') as sys.stdout: main(args)
-        os._exit(0)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are not forked here')
 @pytest.mark.parametrize('opt', ['NAdam', 'ranger'])
 def test_killed_at_any_moment(opt, tiny, tmp_path):
     "Again and again, from its start to its end"
@@ -174,10 +153,10 @@ def test_killed_at_any_moment(opt, tiny, tmp_path):
     for i in range(3):
         resumable = (part/'args.json').exists()
         if not resumable: shutil.rmtree(part, ignore_errors=True)
-        run_and_kill(['--resume=part'] if resumable else ['--out=part', *args], random.uniform(0, seconds))
+        Forked(main, ['--resume=part'] if resumable else ['--out=part', *args]).ended(random.uniform(0, seconds))
     if not (part/'args.json').exists():
         shutil.rmtree(part, ignore_errors=True)
-        run_and_kill(['--out=part', *args], seconds/2)
+        Forked(main, ['--out=part', *args]).ended(seconds/2)
     assert main(['--resume', 'part']) == 0 or not (part/'checkpoint.pth').exists()
     same_run(part, tmp_path/'whole')
 

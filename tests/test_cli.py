@@ -4,10 +4,11 @@ import io, json, math, os, random, signal, subprocess, sys, time
 import matplotlib.pyplot as plt, pytest, torch
 from fastai.vision.all import Callback
 
-from fastai_nadam.tools import cli as module
+from fastai_nadam.tools import cli as module, open_streams
 from fastai_nadam.checks import check_int, each, entries, number, one_of, optional, sequence, text, values, whole
 from fastai_nadam.tools.cli import (append_text, atomic_save, cli, did_you_mean, lock_folder, read_json, read_text,
     save_fig, save_json, versions)
+from runs import Forked
 
 def command(
     num_workers:int=3, # How many, 100 % of them
@@ -248,43 +249,39 @@ def test_json_read(tmp_path):
 
 # The lock
 
-hold = """import sys, time; from fastai_nadam.tools.cli import lock_folder
-with lock_folder(sys.argv[1]): print('locked', flush=True); time.sleep(60)"""
+def hold(path, seconds=60):
+    with lock_folder(path):
+        print('locked')
+        time.sleep(seconds)
 
-def other(path):
-    p = subprocess.Popen([sys.executable, '-c', hold, path], stdout=subprocess.PIPE, text=True)
-    assert p.stdout.readline() == 'locked\n'
-    return p
+def refused_lock(path): return pytest.raises(ValueError, match=f"another run is at work in '{path}'")
 
 def test_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
-    p = other(tmp_path)
-    try:
-        p.send_signal(signal.SIGSTOP)  # stopped is not dead
-        with pytest.raises(ValueError, match='another run is at work in'), lock_folder(tmp_path):
-            pytest.fail('two in one folder')
-    finally: p.kill()
-    p.wait()
+    p = Forked(hold, tmp_path)
+    p.until(lambda: p.out)
+    p.send_signal(signal.SIGSTOP)  # stopped is not dead
+    with refused_lock(tmp_path), lock_folder(tmp_path): pytest.fail('two in one folder')
+    p.ended(0)
     with lock_folder(tmp_path):
-        with pytest.raises(ValueError, match='another run is at work in'), lock_folder(tmp_path): pytest.fail('twice')
-        code = 'import sys; from fastai_nadam.tools.cli import lock_folder\nwith lock_folder(sys.argv[1]): pass'
-        assert 'another run is at work in' in subprocess.run([sys.executable, '-c', code, tmp_path],
-            capture_output=True, text=True).stderr
+        with refused_lock(tmp_path), lock_folder(tmp_path): pytest.fail('twice')
+        late = Forked(hold, tmp_path, 0)
+        assert late.ended() and 'another run is at work in' in late.err
     with lock_folder(tmp_path): assert list(tmp_path.iterdir()) == []
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes are not forked here')
+def leave_a_worker(path):
+    with lock_folder(path):
+        if os.fork(): os.kill(os.getpid(), signal.SIGKILL)
+        print(os.getpid())
+        time.sleep(60)
+
 def test_a_lock_does_not_live_on_in_workers(tmp_path):
     "A killed run can be resumed at once, while the workers that it forked are still there"
-    code = """import os, signal, sys, time; from fastai_nadam.tools.cli import lock_folder
-with lock_folder(sys.argv[1]):
-    if os.fork(): os.kill(os.getpid(), signal.SIGKILL)
-    print(os.getpid(), flush=True)
-    time.sleep(60)"""
-    p = subprocess.Popen([sys.executable, '-c', code, tmp_path], stdout=subprocess.PIPE, text=True)
-    worker = int(p.stdout.readline())
+    p = Forked(leave_a_worker, tmp_path)
+    assert p.ended() == -signal.SIGKILL
+    while not p.out: time.sleep(0.01)
     try:
-        assert p.wait() == -signal.SIGKILL
         with lock_folder(tmp_path): pass
-    finally: os.kill(worker, signal.SIGKILL)
+    finally: os.kill(int(p.out), signal.SIGKILL)
 
 def test_lock_where_there_are_none(tmp_path, monkeypatch):
     def no_locks(*args): raise OSError(38, 'Function not implemented')
@@ -311,13 +308,6 @@ commands = ['train', 'compare', 'bench']
 
 def command_line(name): return [sys.executable, '-m', f'fastai_nadam.tools.{name}']
 
-def run(args, **kw): return subprocess.run(args, stderr=subprocess.PIPE, text=True, **kw)
-
-def start_command(args, cwd):
-    def as_in_a_terminal(): signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(args, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=as_in_a_terminal)
-
 def script(name):
     "What pip makes of the entry point in settings.ini"
     settings = open(os.path.join(os.path.dirname(__file__), '..', 'settings.ini')).read()
@@ -327,7 +317,9 @@ def script(name):
 @pytest.mark.parametrize('way', [command_line, script])
 @pytest.mark.parametrize('name', commands)
 def test_ctrl_c_while_it_starts(name, way, tmp_path):
-    p = start_command(way(name), tmp_path)
+    def as_in_a_terminal(): signal.signal(signal.SIGINT, signal.SIG_DFL)
+    p = subprocess.Popen(way(name), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=as_in_a_terminal)
     try:
         end = time.time() + 60 # until torch is being loaded
         while time.time() < end and 'libtorch' not in open(f'/proc/{p.pid}/maps').read(): time.sleep(0.01)
@@ -339,17 +331,22 @@ def test_ctrl_c_while_it_starts(name, way, tmp_path):
     assert not list(tmp_path.iterdir())
 
 def test_closed_streams(tmp_path):
-    p = run(['sh', '-c', f'{" ".join(command_line("train"))} --data nowhere <&- >&-'], cwd=tmp_path)
+    command = f'{" ".join(command_line("train"))} --data nowhere <&- >&-'
+    p = subprocess.run(['sh', '-c', command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert p.returncode == 2 and p.stderr.startswith('nadam-train: no such folder') and p.stderr.count('\n') == 1
     assert not list(tmp_path.iterdir())
 
+def write_without_streams():
+    sys.stdout = sys.stderr = None
+    for fd in range(3): os.close(fd)
+    open_streams()
+    print('lost')
+    with open('file', 'w') as f: f.write(str(f.fileno()))
+
 def test_streams_are_opened(tmp_path):
     "Nothing is shown, and no file gets the number of a stream"
-    code = """import os, sys; from fastai_nadam.tools import open_streams
-sys.stdout = sys.stderr = None; os.close(0); os.close(1); os.close(2)
-open_streams(); print('lost'); f = open('file', 'w'); f.write(str(f.fileno()))"""
-    assert run([sys.executable, '-c', code], cwd=tmp_path).returncode == 0
-    assert int((tmp_path/'file').read_text()) > 2
+    p = Forked(write_without_streams, cwd=tmp_path)
+    assert p.ended() == 0 and p.out == '' and int((tmp_path/'file').read_text()) > 2
 
 class Broken(io.StringIO):
     "Standard output that fails when it is flushed, or at once"

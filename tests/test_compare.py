@@ -3,7 +3,7 @@ import itertools, json, math, multiprocessing, os, random, re, shutil, signal, s
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.learner import Learner
@@ -21,6 +21,7 @@ from fastai_nadam.tools.compare import compare_opts, main, search_opts, search_p
 from fastai_nadam.tools.results import Comparison
 from fastai_nadam.tools.runs import cycle_moms
 from fastai_nadam.tools.tasks import tensor_dls
+from runs import Forked
 
 def name(o): return re.sub(" at 0x[0-9a-f]+", "", str(o)) # the same in each process, or pytest -n 2 stops
 
@@ -126,13 +127,13 @@ def loaded():
 
 def loads(opt_func): return Learner(loaded(), nn.Linear(4, 1), MSELossFlat(), opt_func)
 
-@pytest.mark.parametrize('method', ['fork', 'spawn'])
-def test_data_that_is_loaded_once_does_not_change_the_weights(method, monkeypatch):
+@pytest.mark.parametrize('method,n_workers', [('fork', 2), ('spawn', 1)])
+def test_data_that_is_loaded_once_does_not_change_the_weights(method, n_workers, monkeypatch):
     monkeypatch.setattr(runs_module, 'get_context', lambda _: multiprocessing.get_context(method))
     loaded.cache_clear()
     serial = compare(loads)
     loaded.cache_clear()
-    assert same(compare(loads, n_workers=2), serial) and len(serial) == 3*2*3
+    assert same(compare(loads, n_workers=n_workers), serial) and len(serial) == 3*2*3
 
 # Interrupted, killed, extended, damaged
 
@@ -435,27 +436,24 @@ def test_a_callback_that_ends_the_frozen_phase_leaves_the_other():
     df = fine(partial(tuned, cbs=EndPhase()), opts=['Adam']).results
     assert not df.diverged.any() and df.test_loss.notna().all()
 
-@pytest.mark.parametrize('kwargs', [{}, dict(fine_tune=True), dict(wds=[.1, .2], momenta=[.9])], ids=name)
-@pytest.mark.parametrize('whose', ['own', 'NAdam', 'Adam'])
+@pytest.mark.parametrize('whose,kwargs', [('own', {}), ('NAdam', dict(fine_tune=True)),
+    ('Adam', dict(wds=[.1, .2], momenta=[.9]))], ids=name)
 def test_lr_find_gives_the_learning_rate_of_each_seed(whose, kwargs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kw = dict(opts=['NAdam', Adam], epochs=2, seeds=3, lr_find=whose, task='t', **kwargs)
     c, funcs, lrs = compare_opts(tuned, **kw, out='out'), dict(NAdam=NAdam, Adam=Adam), {}
     assert sorted(o.name for o in tmp_path.iterdir()) == ['out'] # no models
-    for opt,seed in itertools.product(funcs, range(3)):
-        learn = seeded(seed, opt_func=funcs[opt if whose == 'own' else whose])
+    for name,seed in itertools.product(funcs if whose == 'own' else [whose], range(3)):
+        learn = seeded(seed, opt_func=funcs[name])
         learn.path = tmp_path/'by hand'
         if kwargs.get('fine_tune'): learn.freeze()
-        with learn.no_bar(): lrs[opt, seed] = learn.lr_find(show_plot=False).valley
-    found = c.results.groupby(['opt', 'seed']).lr.agg(['min', 'max'])
-    for k,lr in lrs.items(): assert found.loc[k].tolist() == pytest.approx([lr]*2, rel=1e-5)
+        with learn.no_bar(): lrs[name, seed] = learn.lr_find(show_plot=False).valley
     assert len({*lrs.values()}) > 1
-    for seed in range(3): # and then it trains as if nothing had been before
-        lr = found['min']['Adam', seed]
-        kw2 = dict(kw, lrs=[lr], seeds=[seed], opts=[Adam], lr_find=None)
-        tables = c.results, compare_opts(tuned, **kw2).results
-        a, b = (df[(df.opt == 'Adam') & (df.seed == seed)] for df in tables)
-        assert np.allclose(a.valid_loss, b.valid_loss, rtol=1e-4)
+    for r in c.results.itertuples():
+        assert r.lr == pytest.approx(lrs[r.opt if whose == 'own' else whose, r.seed], rel=1e-5)
+    adam = c.results[(c.results.opt == 'Adam') & (c.results.seed == 2)] # which trains as if nothing had been before
+    again = compare_opts(tuned, **dict(kw, lrs=[adam.lr.iloc[0]], seeds=[2], opts=[Adam], lr_find=None)).results
+    assert np.allclose(adam.valid_loss, again.valid_loss, rtol=1e-4)
     before = Path('out/results.csv').read_bytes()
     assert same(compare_opts(tuned, **kw, out='out', n_workers=2).results, c.results)
     assert Path('out/results.csv').read_bytes() == before
@@ -649,44 +647,32 @@ def test_bad_input_is_one_line_and_nothing_is_written(args, msg, tmp_path, capsy
     assert rc == 2 and msg in err and err.count('\n') == 1 and err.startswith('nadam-compare: ') and not out
     assert [o.name for o in tmp_path.iterdir()] == ['images']
 
-def start(out, *args):
-    "The command in a copy of this process, once it has new results"
-    def lines(): return (out/'results.csv').read_text().count('\n') if (out/'results.csv').exists() else 0
-    def run():
-        signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's `&` has it ignored
-        sys.stdout, sys.stderr = open(f'{out}.out', 'w'), open(f'{out}.err', 'w')
-        code = main([*quick, '--out', str(out), *args])
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    p = multiprocessing.get_context('fork').Process(target=run)
-    before, end = max(lines(), 1), time.time() + 120
-    p.start()
-    while time.time() < end and p.is_alive() and lines() <= before: time.sleep(0.02)
-    return p
-
 quick = ['--task', 'tabular', '--quick']
+
+def results_lines(out): return (out/'results.csv').read_text().count('\n') if (out/'results.csv').exists() else 0
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks for the workers in /proc')
 def test_a_stopped_command_resumes_where_it_was(tmp_path):
     "By Ctrl-C, by the end of a worker, and by its own end, after which its workers end too"
     out, before = tmp_path/'out', None
     for how in ('Ctrl-C', 'worker', 'kill'):
-        p = start(out, '--n_workers', '2', '--epochs', '6')
+        made = results_lines(out)
+        p = Forked(main, [*quick, '--out', str(out), '--n_workers', '2', '--epochs', '6'])
+        p.until(lambda: results_lines(out) > max(made, 1)) # it has new results
         workers = [int(o) for o in Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split()]
         assert len(workers) == 2
-        if how == 'kill': p.kill()
-        else: os.kill(p.pid if how == 'Ctrl-C' else workers[0], signal.SIGINT if how == 'Ctrl-C' else signal.SIGKILL)
-        p.join(30)
+        if how == 'worker': os.kill(workers[0], signal.SIGKILL)
+        else: p.send_signal(signal.SIGINT if how == 'Ctrl-C' else signal.SIGKILL)
+        code = p.ended(30)
         end = time.time() + 30
         while time.time() < end and any(Path(f'/proc/{o}').exists() for o in workers): time.sleep(0.02)
         left = [o for o in workers if Path(f'/proc/{o}').exists()]
         for o in left: os.kill(o, signal.SIGKILL)
         assert not left
-        assert p.exitcode == {'Ctrl-C': 130, 'worker': 2, 'kill': -signal.SIGKILL}[how]
-        err, said = Path(f'{out}.err').read_text(), Path(f'{out}.out').read_text()
+        assert code == {'Ctrl-C': 130, 'worker': 2, 'kill': -signal.SIGKILL}[how]
         if how != 'kill':
-            assert err.count('\n') == 1, err
-            assert 'the same command with the same out resumes' in (err + said).lower()
+            assert p.err.count('\n') == 1, p.err
+            assert 'the same command with the same out resumes' in (p.err + p.out).lower()
         df = Comparison.load(out).results
         assert 0 < len(df) < 16
         if before is not None: assert len(before.merge(df, on=list(df.columns))) == len(before)

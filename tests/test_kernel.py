@@ -219,20 +219,30 @@ spec.loader.exec_module(mt._kernel)
 
 @built
 def test_the_newest_pytorch_has_the_exchange_api():
-    "If this fails, PyTorch has changed, and many small tensors take two to five times as long as they should"
+    "If this fails, PyTorch has changed, and many small tensors take two to three times as long as they should"
     if Version(torch.__version__) < Version('2.10'): pytest.skip('this PyTorch has none yet')
-    ts = [[torch.randn(s) for s in ((), (3,), (2, 3), (0, 2))] for _ in range(4)]
-    rows = multi_tensor.ordinary_rows(*ts)
-    assert rows and rows.bytes == kernel_rows(*ts).bytes
+    ts = [torch.randn(s) for _ in range(4) for s in ((), (3,), (2, 3), (0, 2))]
+    storages = [t.untyped_storage() for t in ts]
+    args = ts, [s.data_ptr() for s in storages], [s.nbytes() for s in storages]
+    rows = _kernel.rows(multi_tensor.exchange_api, *args)
+    assert rows and rows == multi_tensor.read_rows(*args)
 
-@built
+readers = pytest.mark.parametrize('reader', ['kernel.c', 'python'])
+
+def rows_by(reader, ts, monkeypatch):
+    "Rows of four lists of tensors, read by the kernel in C or by Python"
+    if reader == 'python': monkeypatch.setattr(multi_tensor, 'exchange_api', None)
+    elif not (multi_tensor.exchange_api and _kernel): pytest.skip('no kernel, or this PyTorch has no exchange API')
+    else: monkeypatch.setattr(multi_tensor, 'read_rows', lambda *args: None)
+    return multi_tensor.ordinary_rows(*ts)
+
+@readers
 @pytest.mark.parametrize('harm', ['dtype', 'shape', 'strides', 'gaps', 'expanded', 'negative', 'class', 'shared',
     'overlap', 'sparse', 'meta', 'empty storage', 'shrunk storage', 'not aligned', 'none', 'number'])
-def test_rows_out_of_the_ordinary(harm):
+def test_rows_out_of_the_ordinary(reader, harm, monkeypatch):
     "In any place of any row"
-    if not multi_tensor.exchange_api: pytest.skip('this PyTorch has no exchange API')
     ts = [[torch.randn(4, 4) for _ in range(3)] for _ in range(4)]
-    assert multi_tensor.ordinary_rows(*ts)
+    assert rows_by(reader, ts, monkeypatch)
     k, j = random.randrange(4), random.randrange(3)
     t, other = ts[k][j], ts[(k+1) % 4][(j+1) % 3]
     def shrunk():
@@ -253,16 +263,15 @@ def test_rows_out_of_the_ordinary(harm):
         'empty storage': emptied, 'shrunk storage': shrunk, 'none': lambda: None, 'number': lambda: 3.,
         'not aligned': lambda: torch.frombuffer(bytearray(65), dtype=torch.float32, offset=1).view(4, 4)}[harm]()
     ts[k][j] = bad
-    assert multi_tensor.ordinary_rows(*ts) is None
+    assert rows_by(reader, ts, monkeypatch) is None
 
-@built
-def test_dense_layouts_are_ordinary():
-    if not multi_tensor.exchange_api: pytest.skip('this PyTorch has no exchange API')
+@readers
+def test_dense_layouts_are_ordinary(reader, monkeypatch):
     for shape in ((2, 3, 4, 5), (1, 3, 1, 2), (5, 1), (1,)):
         order = random.sample(range(len(shape)), len(shape))
         back = [order.index(i) for i in range(len(shape))]
         ts = [[torch.randn([shape[i] for i in order]).permute(back)] for _ in range(4)]
-        assert ts[0][0].shape == shape and multi_tensor.ordinary_rows(*ts)
+        assert ts[0][0].shape == shape and rows_by(reader, ts, monkeypatch)
 
 @built
 def test_step_takes_nothing_else():

@@ -1,6 +1,12 @@
 "What tutorial.own says of the commands: a short script gives them an optimizer of one's own"
-import json, re, subprocess, sys
+import json, re, runpy, sys
 from pathlib import Path
+
+from runs import Forked
+
+def run_script(*argv):
+    sys.argv, sys.path = list(argv), ['', *sys.path]
+    runpy.run_path(argv[0], run_name='__main__')
 
 page = Path(__file__).parent.parent/'nbs/tutorial.own.ipynb'
 
@@ -12,6 +18,6 @@ def test_the_commands_take_an_optimizer_of_ones_own(tmp_path):
     (tmp_path/'my_optimizers.py').write_text(imports + rule.split('\nsame_steps')[0], encoding='utf-8')
     (tmp_path/'my_compare.py').write_text(script, encoding='utf-8')
     options = '--opts NAdam,FastQHAdam --task tabular --quick --seeds 2 --epochs 1 --out out'.split()
-    p = subprocess.run([sys.executable, 'my_compare.py', *options], cwd=tmp_path, capture_output=True, text=True)
-    assert p.returncode == 0, p.stderr
-    assert 'FastQHAdam' in p.stdout and len(list((tmp_path/'out').iterdir())) > 1
+    p = Forked(run_script, 'my_compare.py', *options, cwd=tmp_path)
+    assert p.ended() == 0, p.err
+    assert 'FastQHAdam' in p.out and len(list((tmp_path/'out').iterdir())) > 1

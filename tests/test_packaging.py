@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest, yaml
 from packaging.requirements import Requirement
+from runs import Forked
 
 root = Path(__file__).parent.parent
 nbs = sorted((root/'nbs').glob('*.ipynb'))
@@ -21,6 +22,12 @@ def run(*args, **kw):
     return p.stdout
 
 def python(code, **kw): return run(sys.executable, '-c', code, **kw)
+
+def call(module, func, kwargs): getattr(importlib.import_module(module), func)(**kwargs)
+
+def nbdev(module, func, project, **kwargs):
+    p = Forked(call, f'nbdev.{module}', func, kwargs, cwd=project)
+    assert p.ended() == 0, p.out + p.err
 
 @pytest.fixture
 def project(copy_project, tmp_path): return copy_project(tmp_path/'project')
@@ -62,7 +69,7 @@ def test_modules_are_exported_from_the_notebooks(project):
     for mod in lib.rglob('*.py'):
         if mod.name not in ('__init__.py', 'all.py'): mod.unlink()
     toml = (project/'pyproject.toml').read_bytes()
-    python('from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=project)
+    nbdev('doclinks', 'nbdev_export', project)
     for wing in ('.', 'tools'):
         assert contents(lib/wing, '*.py') == contents(root/'fastai_nadam'/wing, '*.py'), 'run nbdev-export'
     assert (project/'pyproject.toml').read_bytes() == toml
@@ -160,7 +167,7 @@ def test_console_scripts_exist():
 
 @needs_nbdev
 def test_notebooks_are_clean(project):
-    python('from nbdev.clean import nbdev_clean; nbdev_clean()', cwd=project)
+    nbdev('clean', 'nbdev_clean', project)
     assert contents(project/'nbs', '*.ipynb') == contents(root/'nbs', '*.ipynb'), 'run nbdev-clean'
 
 @pytest.mark.parametrize('nb', nbs, ids=lambda f: f.name)
@@ -236,15 +243,14 @@ def test_readme_and_site_have_one_order():
 @needs_nbdev
 def test_site_has_every_notebook(project):
     "All that `nbdev-docs` does before it calls Quarto"
-    python('from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; refresh_quarto_yml(); nbdev_sidebar()',
-        cwd=project)
+    for f in ('refresh_quarto_yml', 'nbdev_sidebar'): nbdev('quarto', f, project)
     made = {f: (project/'nbs'/f).read_text(encoding='utf-8') for f in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml')}
     for f in ('_quarto.yml', 'nbdev.yml'):
         assert made[f] == (root/'nbs'/f).read_text(encoding='utf-8'), f'nbdev would rewrite {f}'
     pages = sidebar()
     assert pages[0] == 'index.ipynb' and sorted(pages) == [nb.name for nb in nbs]
     for f in yaml.safe_load(made['_quarto.yml'])['metadata-files']: assert f in made
-    python('from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)', cwd=project)
+    nbdev('serve', 'proc_nbs', project, n_workers=0)
     for nb in nbs:
         page = json.loads((project/'_proc'/nb.name).read_text(encoding='utf-8'))
         top = ''.join(page['cells'][0]['source'])
@@ -308,10 +314,16 @@ def test_wheel_runs_in_an_empty_environment(dist, tmp_path):
     (site/'borrowed.pth').write_text('\n'.join(borrowed))
     alone = dict(cwd=tmp_path, env={k: v for k,v in os.environ.items()
         if k not in ('PYTHONPATH', 'FASTAI_NADAM_KERNEL')})
-    code = 'import fastai_nadam.all as f, fastai_nadam.multi_tensor as m; print(f.__file__, bool(m._kernel))'
-    where, built = run(bin/'python', '-c', code, **alone).split()
+    code = """import runpy, sys, fastai_nadam.all as f, fastai_nadam.multi_tensor as m
+print(f.__file__, bool(m._kernel))
+for script in sys.argv[1:]:
+    sys.argv = [script, '--help']
+    try: runpy.run_path(script, run_name='__main__')
+    except SystemExit as e: assert not e.code"""
+    said = run(bin/'python', '-c', code, *(bin/name for name in settings['console_scripts']), **alone)
+    where, built = said.split()[:2]
     assert Path(where) == site/'fastai_nadam/all.py' and built == str(has_compiler)
-    for name in settings['console_scripts']: assert f'usage: {name}' in run(bin/name, '--help', **alone)
+    for name in settings['console_scripts']: assert f'\nusage: {name}' in said
 
 @pytest.mark.skipif(os.name == 'nt', reason='has no CC')
 def test_installs_without_a_compiler(project, tmp_path):

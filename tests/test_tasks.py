@@ -20,7 +20,7 @@ def test_tasks_train(task):
     assert train and valid and test and (task == 'text' or not (train & valid or train & test or valid & test))
 
 def test_a_folder_of_images(tmp_path):
-    for f in digits_path().glob('*/[38]/*[05].png'):
+    for f in digits_path().glob('*/[38]/*0.png'):
         to = tmp_path/'images'/f.relative_to(digits_path())
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_bytes(f.read_bytes())

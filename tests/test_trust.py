@@ -9,8 +9,9 @@ from torch._subclasses import FakeTensorMode
 from fastai_nadam import DozatNAdam, NAdam, multi_tensor
 from fastai_nadam.multi_tensor import avgs
 from fastai_nadam.optimizer import ctrl_c_waits
-from helpers import all_params, assert_same, layouts, python, same, snapshot, through_steppers, twin
-from impls import KernelOff, NoExchange, loop, with_checks, with_impl
+from helpers import all_params, assert_same, layouts, same, snapshot, through_steppers, twin
+from impls import KernelOff, loop, with_checks, with_impl
+from runs import Forked
 
 def warm(ps, impl, opt_func=NAdam, n=3):
     "An optimizer after some steps with gradients that stay the same tensors"
@@ -475,29 +476,30 @@ def test_reading_writes_nothing(impl):
 
 # Other threads
 
-@pytest.mark.parametrize('kernel', ['1', '0'])
-@pytest.mark.parametrize('change', ["opt.state[p][k] = torch.zeros(n)", "opt.state[p][k].data = torch.zeros(n)",
-    "p.grad = torch.zeros(n)", "p.data = torch.zeros(n)"])
-def test_a_thread_that_replaces_tensors(kernel, change):
+def step_while_replaced(kernel):
+    if not kernel: multi_tensor._kernel = None
+    n = 3_000_000
+    ps = [nn.Parameter(torch.zeros(n)) for _ in range(2)]
+    for p in ps: p.grad = torch.ones(n)
+    opt = NAdam(ps, 0.1)
+    opt.step()
+    changes = [lambda s, k, p: s.update({k: torch.zeros(n)}), lambda s, k, p: setattr(s[k], 'data', torch.zeros(n)),
+        lambda s, k, p: setattr(p, 'grad', torch.zeros(n)), lambda s, k, p: setattr(p, 'data', torch.zeros(n))]
+    end = time.time() + 2
+    def change():
+        while time.time() < end:
+            for p in ps:
+                for k in avgs: random.choice(changes)(opt.state[p], k, p)
+            time.sleep(random.random()*2e-3)
+    t = threading.Thread(target=change)
+    t.start()
+    while t.is_alive(): opt.step()
+
+@pytest.mark.parametrize('kernel', [True, False])
+def test_a_thread_that_replaces_tensors(kernel):
     "What is stepped is held. Large tensors are memory of their own, which is gone at once when they are freed"
-    python(f"""
-import random, threading, time, torch
-from fastai_nadam import NAdam
-n = 3_000_000
-ps = [torch.nn.Parameter(torch.zeros(n)) for _ in range(2)]
-for p in ps: p.grad = torch.ones(n)
-opt = NAdam(ps, 0.1)
-opt.step()
-end = time.time() + 1.5
-def change():
-    while time.time() < end:
-        for p in ps:
-            for k in ('grad_avg', 'sqr_avg'): {change}
-        time.sleep(random.random()*2e-3)
-t = threading.Thread(target=change)
-t.start()
-while t.is_alive(): opt.step()
-""", FASTAI_NADAM_KERNEL=kernel)
+    p = Forked(step_while_replaced, kernel)
+    assert p.ended() == 0, p.err
 
 # Memory that is not what it was
 

@@ -7,6 +7,7 @@ __all__ = ['Comparison', 'standard_error', 'confidence_interval', 'half_width', 
 
 # %% ../../nbs/15_results.ipynb #3f20c2ad
 import csv, math
+from functools import cached_property
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -127,9 +128,13 @@ class Comparison:
         self.in_points = plain_name(metric) in proportions and not bool((self.results.metric > 1).any())
         self.what = f"{metric}{' of test data'*self.tested}, {'lower' if self.lower_is_better else 'higher'} is better"
         self.runs = self.outcomes()
-        self.chosen = {o: _choose(self, o) for o in self.opts}
-        self.margin = margin
-        if margin is None: self.margin = 0.01 if self.in_points else 0.02*abs(self.difference(self.baseline)[0])
+        if margin is not None: self.margin = margin
+
+    @cached_property
+    def chosen(self): return {o: _choose(self, o) for o in self.opts}
+
+    @cached_property
+    def margin(self): return 0.01 if self.in_points else 0.02*abs(self.difference(self.baseline)[0])
 
     @classmethod
     def load(cls, folder:str|Path, **kwargs):

@@ -14,6 +14,7 @@ from multiprocessing import current_process, get_context, parent_process
 from fastai.vision.all import *
 from .cli import has_bars, lock_folder
 from .results import append_row, key_cols, point_cols, read_rows, read_settings, write_folder
+from .train import found_lr
 
 # %% ../../nbs/15b_runs.ipynb #b673a56b
 def seed_learner(make_learner, opt_func, seed):
@@ -72,23 +73,14 @@ class WatchRun(Callback):
         self.last = dict(zip(self.recorder.metric_names[1:], map(rounded, self.recorder.values[-1])))
 
 # %% ../../nbs/15b_runs.ipynb #b0a10009
-def suggested_lr(learn, frozen):
-    "What fastai's `lr_find` suggests, with a frozen body if asked for. Raises a `ValueError` if it finds nothing"
-    if frozen: learn.freeze()
-    with tempfile.TemporaryDirectory() as tmp, learn.no_bar():
-        learn.path, learn.model_dir = Path(tmp), '.' # where it keeps the weights meanwhile
-        try: return rounded(learn.lr_find(show_plot=False).valley)
-        except IndexError as e: # it has too few losses
-            losses = [float(o) for o in learn.recorder.losses]
-            n = next((i for i,o in enumerate(losses) if not math.isfinite(o)), len(losses)-1)
-            raise ValueError(f"the loss was {losses[n]:g} after {n+1} batch{'es'*(n > 0)}, too early for one") from e
-
 def run_lr(make_learner, opt_funcs, settings, seed, opt, lr):
     "The learning rate of a run: `lr`, or that of `lr_find` by itself or by the optimizer that the settings name"
     if not settings['lr_find']: return lr
     name = opt if settings['lr_find'] == 'own' else settings['lr_find']
     learn = seed_learner(make_learner, opt_funcs[name], seed)
-    try: return suggested_lr(learn, frozen=settings['freeze_epochs'] is not None)
+    if settings['freeze_epochs'] is not None: learn.freeze()
+    try:
+        with learn.no_bar(): return rounded(found_lr(learn, show_plot=False))
     except ValueError as e: raise ValueError(f"lr_find: with {name} and seed {seed}: {e}") from e
 
 def train_once(learn, settings, lr, mom, wd):

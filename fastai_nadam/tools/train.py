@@ -147,16 +147,22 @@ def new_learner(config:AttrDict, files:L, path:Path) -> Learner:
     return learn.to_fp16() if config.fp16 else learn
 
 # %% ../../nbs/13_train.ipynb #57ec
-def suggest_lr(config:AttrDict, files:L, path:Path) -> float:
-    "The learning rate that `lr_find` suggests; plots it in `path`. Raises a `ValueError` if the loss is not finite"
-    with tempfile.TemporaryDirectory(dir=path) as tmp:
-        learn = new_learner(config, files, Path(tmp))
-        try:
-            with nullcontext() if has_bars() else learn.no_bar(): lr = learn.lr_find().valley
+def found_lr(learn:Learner, **kwargs) -> float:
+    "The learning rate that `lr_find` suggests. Raises a `ValueError` if the loss is not finite from early on"
+    with tempfile.TemporaryDirectory() as tmp:
+        learn.path, learn.model_dir = Path(tmp), '.' # where it keeps the weights meanwhile
+        try: return learn.lr_find(**kwargs).valley
         except IndexError as e: # it has too few losses
             losses = [float(o) for o in learn.recorder.losses]
             n = next((i for i,o in enumerate(losses) if not math.isfinite(o)), len(losses)-1)
-            raise ValueError(f"find_lr: the loss was {losses[n]:g} after {n+1} batches, too early for one") from e
+            raise ValueError(f"the loss was {losses[n]:g} after {n+1} batch{'es'*(n > 0)}, too early for one") from e
+
+def suggest_lr(config:AttrDict, files:L, path:Path) -> float:
+    "The same for a run that is to come; plots it in `path`"
+    learn = new_learner(config, files, path)
+    try:
+        with nullcontext() if has_bars() else learn.no_bar(): lr = found_lr(learn)
+    except ValueError as e: raise ValueError(f"find_lr: {e}") from e
     plt.title(f'lr_find with {config.opt}, {lr:.2g} suggested')
     save_fig(plt.gcf(), path/'lr_find.png')
     return lr

@@ -9,32 +9,10 @@ from importlib.util import find_spec
 
 from fastai.tabular.all import *
 from fastai.vision.models.xresnet import ResBlock, XResNet
+from fastai_nadam.tools.tasks import classifier, split_dls, tensor_dls
 
 def package_file(package, *path): return Path(find_spec(package).origin).parent.joinpath(*path)
 
-class PartDL(DataLoader):
-    "Batches of tensors in memory; with `n_batches`, an epoch is that many batches drawn again without replacement"
-    def __init__(self, tensors, bs, n_batches=None, **kwargs):
-        self.tensors, self.n_batches = tensors, n_batches
-        super().__init__(range(len(tensors[0])), bs=bs, do_item=noops, device=default_device(), **kwargs)
-        if n_batches: self.n = n_batches*bs
-    def get_idxs(self):
-        return self.rng.sample(range(len(self.dataset)), self.n) if self.n_batches else super().get_idxs()
-    def create_batch(self, idxs): return tuple(t[idxs] for t in self.tensors)
-
-def split_dls(
-    tensors:tuple, # Inputs and targets
-    sizes:tuple, # Number of items that train, tune and test; the rest is left out
-    bs:int, # Items per batch
-    n_batches:int=None # Batches of an epoch; None: as many as the training items give
-) -> DataLoaders: # Training, tuning and test data, drawn by torch's random numbers
-    "Split tensors at random"
-    parts = torch.randperm(len(tensors[0]))[:sum(sizes)].split(sizes)
-    train, tune, test = (tuple(t[i] for t in tensors) for i in parts)
-    train = PartDL(train, bs, n_batches, shuffle=not n_batches, drop_last=True)
-    return DataLoaders(train, PartDL(tune, 500), PartDL(test, 500))
-
-def classifier(dls, model, opt_func): return Learner(dls, model, CrossEntropyLossFlat(), opt_func, metrics=accuracy)
 def regressor(dls, model, opt_func): return Learner(dls, model, MSELossFlat(), opt_func)
 
 # Images: digits of 8 × 8 pixels, with a residual network
@@ -110,8 +88,8 @@ def stdlib_data(seq_len):
 
 def text_dls(x, y, bs, n_batches):
     "Of 100 blocks of text 86 train, 2 tune and 12 test"
-    train, tune, test = ((x[i].flatten(0, 1), y[i].flatten(0, 1)) for i in torch.randperm(100).split((86, 2, 12)))
-    return DataLoaders(PartDL(train, bs, n_batches), PartDL(tune, 200), PartDL(test, 200))
+    sets = ((x[i].flatten(0, 1), y[i].flatten(0, 1)) for i in torch.randperm(100).split((86, 2, 12)))
+    return tensor_dls(*sets, bs=bs, n_batches=n_batches, valid_bs=200)
 
 class CharGRU(Module):
     def __init__(self, n_chars, nh):

@@ -10,7 +10,8 @@ from fastai.tabular.all import *
 from fastai.text.all import *
 from fastai.vision.all import *
 from fastai.vision.models.xresnet import ResBlock, XResNet
-from tasks import PartDL, digits_data, diamonds_data, mnist_data, package_file
+from fastai_nadam.tools.tasks import tensor_dls
+from tasks import digits_data, diamonds_data, mnist_data, package_file
 
 here = Path(__file__).parent
 emojis = here/'node_modules'/'emoji-datasource-twitter'
@@ -24,8 +25,8 @@ def part_dls(
     "Set a fixed part of the items aside, split the others at random"
     test, rest = torch.randperm(len(tensors[0]), generator=torch.Generator().manual_seed(0)).tensor_split([n_test])
     train, tune, _ = rest[torch.randperm(len(rest))].tensor_split(np.cumsum(sizes).tolist())
-    train, tune, test = (tuple(t[i] for t in tensors) for i in (train, tune, test))
-    return DataLoaders(PartDL(train, bs, shuffle=True, drop_last=True), PartDL(tune, 250), PartDL(test, 250))
+    sets = (tuple(t[i] for t in tensors) for i in (train, tune, test))
+    return tensor_dls(*sets, bs=bs, valid_bs=250)
 
 @lru_cache(None)
 def pretrained(
