@@ -104,8 +104,8 @@ def finetune_in_short():
     if name in df.index:
         r = df.loc[name]
         more = f" With the best of 10 settings for each, it is {percent(r)}: {meaning[r.verdict]}."
-    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on {first.k:.0f} small tasks{named}, the test loss
-with `NAdam` differs from that with fastai's `Adam` by {percent(first)} on average (95 % interval over
+    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on {first.k:.0f} small tasks{named}, the test
+loss with `NAdam` differs from that with fastai's `Adam` by {percent(first)} on average (95 % interval over
 tasks), and is lower on {first.better:.0f} of them. In the words of the protocol this is "{first.verdict}":
 {meaning[first.verdict]}.{more}
 `NAdam(nesterov=False)`, which is `Adam` with exact bias correction, differs from it by {percent(exact)}
