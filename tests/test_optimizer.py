@@ -382,15 +382,18 @@ def test_refused_checkpoints(impl, opt_func):
     train(m, opt)
     sd, before = opt.state_dict(), snapshot(opt)
     cases = [({}, 'hypers'), ([], 'list'), (dict(sd, state=sd['state'][:-1]), '5 parameters.*6'),
+        (dict(hypers=sd['hypers']), r"state_dict must have 'state' and 'hypers', got \['hypers'\]"),
         (dict(sd, hypers=sd['hypers'][:2]), '2 parameter groups.*3'),
         (dict(sd, state={0: 1}), 'state'),
         (broken(sd, 2, grad_avg=torch.zeros(9)), r'parameter 2.*\(6,\).*grad_avg.*\(9,\)'),
-        (broken(sd, 5, sqr_avg=None), 'parameter 5.*sqr_avg'), (broken(sd, 5, step=None), 'parameter 5.*step'),
+        (broken(sd, 5, sqr_avg=None), r"parameter 5, of shape \(1,\): missing \['sqr_avg'\]"),
+        (broken(sd, 5, step=None), r"parameter 5, of shape \(1,\): missing \['step'\]"),
         (broken(sd, 1, step=-1), 'step.*-1'),
         (broken(sd, 1, step=2.5), 'step.*2.5'), (broken(sd, 1, step='x'), 'step.*x'),
         (broken(sd, 1, step=float('inf')), 'step.*inf'), (broken(sd, 1, step=torch.ones(2)), 'step'),
         (broken(sd, 1, sqr_mom_prod='y'), 'sqr_mom_prod.*y'), (broken(sd, 1, step=10**400), 'step'),
-        (broken(sd, 0, grad_avg=torch.zeros(6, 4).int()), 'parameter 0.*int32'),
+        (broken(sd, 0, grad_avg=torch.zeros(6, 4).int()),
+            r'parameter 0, of shape .*: grad_avg must be a floating-point tensor, got torch.int32'),
         (broken(sd, 0, sqr_avg=3.), 'parameter 0.*sqr_avg'), (broken(sd, 0, sqr_mom_prod=7.), 'sqr_mom_prod.*7.0'),
         (dict(sd, hypers=[dict(h, mom=1.) for h in sd['hypers']]), 'mom.*1.0'),
         (torch.optim.NAdam(m.parameters()).state_dict(), 'param_groups')]

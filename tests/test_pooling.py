@@ -1,14 +1,10 @@
 """Pooling over tasks, against scipy, against its definitions, and on data whose mean is known"""
 import numpy as np, pandas as pd, pytest
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
+from helpers import evidence
 from scipy.stats import ttest_1samp
 
 @pytest.fixture(scope='module')
-def pooling():
-    spec = spec_from_file_location('pooling', Path(__file__).parent.parent/'nbs'/'evidence'/'pooling.py')
-    spec.loader.exec_module(res := module_from_spec(spec))
-    return res
+def pooling(): return evidence('pooling')
 
 def table(y, se): return pd.DataFrame(dict(diff=y, se=se))
 def drawn(rng, k=None):

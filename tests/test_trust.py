@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from fastai_nadam import DozatNAdam, NAdam, multi_tensor
 from fastai_nadam.multi_tensor import avgs
 from fastai_nadam.optimizer import ctrl_c_waits
-from helpers import all_params, assert_same, layouts, same, snapshot, through_steppers, twin
+from helpers import ReadOnly, all_params, assert_same, layouts, same, snapshot, through_steppers, twin
 from impls import KernelOff, loop, with_checks, with_impl
 from runs import Forked
 
@@ -458,10 +458,6 @@ def test_a_second_ctrl_c_does_not_wait():
     assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 # Reading changes nothing
-
-class ReadOnly(dict):
-    def refuse(self, *args, **kwargs): raise AssertionError('this was to be read only')
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = refuse
 
 @with_checks
 def test_reading_writes_nothing(impl):

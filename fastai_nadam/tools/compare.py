@@ -215,6 +215,12 @@ default_opts = 'NAdam,DozatNAdam,NAdam(nesterov=False),Adam,RAdam,ranger'
 def floats(s): return [float(o) for o in s.split(',')]
 def yes_no(s): return bool(('no', 'yes').index(s))
 
+def default_workers():
+    "One for each CPU core, or for each of several GPUs; a single GPU is this process's own"
+    gpus = torch.cuda.device_count()
+    if not gpus: return defaults.cpus
+    return gpus if gpus > 1 else 0
+
 def compare(
     task:str='digits', # digits, tabular, text, imagenette, imagewoof, a folder of images, or FILE.py:function
     opts:str=default_opts, # Optimizers, with arguments if you like: NAdam,NAdam(eps=1e-6),Adam
@@ -248,7 +254,7 @@ def compare(
     make, name, task_lrs, task_epochs = find_task(task, **folder)
     if quick: opts, seeds, grow = 'NAdam,Adam' if opts == default_opts else opts, min(seeds, 4), 0
     check_int('seeds', seeds, 2)
-    if n_workers is None: n_workers = {0: defaults.cpus, 1: 0}.get(torch.cuda.device_count(), torch.cuda.device_count())
+    if n_workers is None: n_workers = default_workers()
     out = Path(out or f"runs/compare-{Path(name).name}{'-quick'*quick}").expanduser()
     if lrs is None and not (lr_find or fine_tune): lrs = task_lrs[1:3] if quick else task_lrs
     opts = [o for o in re.split(r',(?![^(]*\))', opts) if o.strip()] # not at the commas in parentheses

@@ -185,8 +185,8 @@ def _tables(self, opt, trials, log=False):
     there = (choose if self.trial_seeds and trials else choose + judge).notna()
     there = there.loc[:, 2*there.sum() >= len(there)] # no points that lack most seeds, and no seeds that lack a point
     seeds = there.index[there.all(axis=1)] if there.size else []
-    choose, judge = (self.sign*o.loc[seeds, there.columns] for o in (choose, _logs(judge) if log else judge))
-    return choose, judge
+    if log: judge = _logs(judge)
+    return tuple(self.sign*o.loc[seeds, there.columns] for o in (choose, judge))
 
 def _logs(values):
     "Logarithms, times 100. Raises a `ValueError`"

@@ -144,10 +144,14 @@ def parallel_runs(fit, make, runs, n_workers):
 # %% ../../nbs/15b_runs.ipynb #b0a10011
 def join_settings(old, new, folder):
     "Settings of a comparison that goes on. Raises a `ValueError` if it is another one"
-    for k in ['search', *new]:
-        a, b = ('trial_seeds' in o if k == 'search' else o.get(k) for o in (old, new))
-        if k not in ('opts', 'trial_seeds', 'chance') and a != b:
-            raise ValueError(f"out: {str(folder)!r} has another comparison, with {k} {a!r}, not {b!r}")
+    def fixed(o):
+        "What may not change: all but optimizers and seeds, and the metric before training"
+        others = {k: o.get(k) for k in new if k not in ('opts', 'trial_seeds', 'chance')}
+        return dict(search='trial_seeds' in o, **others)
+    then = fixed(old)
+    for k,v in fixed(new).items():
+        if v != then[k]:
+            raise ValueError(f"out: {str(folder)!r} has another comparison, with {k} {then[k]!r}, not {v!r}")
     more = {k: old[k] + [o for o in new[k] if o not in old[k]] for k in ('opts', 'trial_seeds') if k in new}
     return {**new, **more}
 
@@ -175,7 +179,7 @@ def counted(it, n):
         start = time.time()
         for i,o in enumerate(it, 1):
             yield o
-            if i*10//n > (i-1)*10//n:
+            if i*10//n > (i-1)*10//n: # another tenth is done
                 print(f'{i} of {n} runs, about {(time.time() - start)*(n - i)/i:.0f} s left', flush=True)
 
 @contextmanager
