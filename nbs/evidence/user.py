@@ -112,7 +112,8 @@ tasks), and is lower on {first.better:.0f} of them. In the words of the protocol
 (exploratory).
 
 A run takes {100*(1 - time.median()):.0f} % less processor time than with fastai's `Adam` (median of the tasks;
-{100*(1-time.max()):.0f} to {100*(1-time.min()):.0f} %), and frozen weights [stay where they are](#frozen-weights-that-stay)."""
+{100*(1-time.max()):.0f} to {100*(1-time.min()):.0f} %), and frozen weights
+[stay where they are](#frozen-weights-that-stay)."""
 
 def finetune_recipe():
     "What to type, by the answer to question B"
