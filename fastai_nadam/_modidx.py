@@ -414,6 +414,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'fastai_nadam.tools.results._find_opts': ( 'results.html#_find_opts',
                                                                                        'fastai_nadam/tools/results.py'),
                                             'fastai_nadam.tools.results._logs': ('results.html#_logs', 'fastai_nadam/tools/results.py'),
+                                            'fastai_nadam.tools.results._new_tables': ( 'results.html#_new_tables',
+                                                                                        'fastai_nadam/tools/results.py'),
                                             'fastai_nadam.tools.results._notes': ('results.html#_notes', 'fastai_nadam/tools/results.py'),
                                             'fastai_nadam.tools.results._plot_differences': ( 'results.html#_plot_differences',
                                                                                               'fastai_nadam/tools/results.py'),

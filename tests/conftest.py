@@ -1,9 +1,10 @@
 "What all tests share: random inputs drawn anew in each run, few threads, no windows, a copy of the project to change"
-import os, random, shutil
+import os, random, shutil, signal
 from pathlib import Path
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch starts, here and in the processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
 
 import fastcore.test, numpy as np, pytest, torch
 from impls import KernelOff, NoExchange

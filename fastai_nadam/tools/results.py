@@ -127,7 +127,7 @@ class Comparison:
         self.tested = bool(self.results.test_metric.notna().any())
         self.in_points = plain_name(metric) in proportions and not bool((self.results.metric > 1).any())
         self.what = f"{metric}{' of test data'*self.tested}, {'lower' if self.lower_is_better else 'higher'} is better"
-        self.runs = self.outcomes()
+        self.runs, self._found = self.outcomes(), {} # what `_tables` has found
         if margin is not None: self.margin = margin
 
     @cached_property
@@ -178,6 +178,11 @@ def _top(means): return np.flatnonzero(means >= means.max() - 1e-9*abs(means).ma
 
 def _tables(self, opt, trials, log=False):
     "Outcomes, seeds × points, on the data that choose and on those that judge; greater is better, nothing is missing"
+    key = opt, trials, log
+    if key not in self._found: self._found[key] = _new_tables(self, *key)
+    return self._found[key]
+
+def _new_tables(self, opt, trials, log):
     runs = self.runs[self.runs.opt == opt]
     if self.trial_seeds: runs = runs[runs.seed.isin(self.trial_seeds) == trials]
     if self.trial_seeds and not trials: runs = runs[runs.point.isin(self.chosen[opt][:1])]

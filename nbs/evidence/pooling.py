@@ -9,10 +9,10 @@ import numpy as np, pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import binomtest, t as student_t
 
-def t_test(mean, se, k, level):
-    "A mean of `k` tasks with its interval and its p-value, by Student's t"
+def t_test(mean, se, k, level, **more):
+    "A mean of `k` tasks with its interval, what else is known of it, and its p-value by Student's t"
     half = student_t.ppf((1 + level)/2, k-1)*se
-    return dict(mean=mean, low=mean-half, high=mean+half, p=2*student_t.sf(abs(mean/se), k-1))
+    return dict(mean=mean, low=mean-half, high=mean+half, **more, p=2*student_t.sf(abs(mean/se), k-1))
 
 def with_counts(found, y):
     "The same with a sign test of the effects"
@@ -49,7 +49,7 @@ def weighted_interval(y, v, level, spread):
     w = 1/(v + tau2)
     mean = (w@y)/w.sum()
     se = np.sqrt((w*(y - mean)**2).sum()/(k-1)/w.sum())
-    return dict(t_test(mean, se, k, level), tau=tau2**.5)
+    return t_test(mean, se, k, level, tau=tau2**.5)
 
 def weighted_mean(
     effects:pd.DataFrame, # `diff` and `se` of each task
