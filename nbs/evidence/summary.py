@@ -158,7 +158,10 @@ def users_answer(question):
     rows = users_answers().loc[question]
     prep = 'with' if question == fine_tune else 'in'
     said = ', and '.join(f'{percent(p)} {prep} {what}' for what,p in rows.iterrows())
-    return f'{outcomes[rows.verdict.iloc[0]]}, {said} ({rows.k.iloc[0]:.0f} tasks)'
+    first = rows.iloc[0]
+    if first.verdict == 'not shown' and first.low*first.high > 0: outcome = "no difference is left after Holm's correction"
+    else: outcome = outcomes[first.verdict]
+    return f'{outcome}, {said} ({first.k:.0f} tasks)'
 
 def answer(question):
     "The rows of a question as a phrase"
