@@ -175,6 +175,13 @@ def test_outputs_say_nothing_about_the_machine(nb):
     text = nb.read_text(encoding='utf-8')
     assert not [o for o in ('site-packages', str(Path.home()), 'FutureWarning') if o in text]
 
+@pytest.mark.parametrize('nb', nbs, ids=lambda f: f.name)
+def test_the_site_shows_what_github_shows(nb):
+    "The site leaves a hidden cell out together with its output; what a cell shows without its code is `echo: false`"
+    lost = [c['id'] for c in json.loads(nb.read_text(encoding='utf-8'))['cells']
+        if re.search(r'^#\|\s*hide\b', ''.join(c['source']), re.M) and any('data' in o for o in c.get('outputs', ()))]
+    assert not lost
+
 @needs_nbdev
 def test_readme_is_made_from_the_index():
     files = runpy.run_path(str(root/'nbs/_readme.py'))['readme']()

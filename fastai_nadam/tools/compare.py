@@ -32,8 +32,8 @@ def parse_opt(s):
         if not e.args: return partial(opt_funcs[e.func.id], **{k.arg: ast.literal_eval(k.value) for k in e.keywords})
     except (SyntaxError, ValueError, KeyError, AttributeError, RecursionError, MemoryError): pass
     hint = did_you_mean(s.partition('(')[0].strip(), opt_funcs)
-    raise ValueError(f"opts: no optimizer {shown(s)}{hint}; there are {', '.join(opt_funcs)}, with arguments if you "
-        "like: NAdam(eps=1e-6)")
+    raise ValueError(f"opts: no optimizer {shown(s)}{hint or '.'} There are {', '.join(opt_funcs)}, "
+        "with arguments if you like: NAdam(eps=1e-6)")
 
 def set_hypers(f):
     "Hypers that the `partial`s of an `opt_func` set, by fastai's names"

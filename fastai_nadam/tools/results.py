@@ -464,6 +464,9 @@ def _plot_runs(self, ax, looks):
     room = 0.05*(high - low) or 0.05*abs(high) or 1
     ax.set(title='All runs', xlabel='lr', xscale='log', ylabel=f'{self.metric}, validation',
         ylim=(low - room, high + room) if math.isfinite(low + high) else None)
+    ax.xaxis.set_major_locator(plt.LogLocator(subs=(1, 3)))
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.minorticks_off()
     ax.legend(fontsize='small')
 
 @patch

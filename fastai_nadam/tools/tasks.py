@@ -13,6 +13,7 @@ from fastai.vision.all import *
 from fastai.vision.models.xresnet import XResNet
 from sklearn.datasets import load_breast_cancer, load_digits
 from torch.utils.data import TensorDataset
+from .cli import did_you_mean
 from .data import check_images, data_path, downloads, image_dls, list_images
 from .train import make_learner as image_learner
 
@@ -132,8 +133,9 @@ def find_task(
     f = load_function(file, name) if file.endswith('.py') else tasks.get(task)
     if f and kwargs: raise ValueError(f"{', '.join(kwargs)}: only for a folder of images, task is {task!r}")
     if not f:
-        path, known = data_path(task).absolute(), ', '.join([*tasks, *downloads])
-        if not path.is_dir(): raise ValueError(f"task must be {known}, a folder, or FILE.py:function, got {task!r}")
+        path, known = data_path(task).absolute(), [*tasks, *downloads]
+        if not path.is_dir(): raise ValueError(f"task must be {', '.join(known)}, a folder, or FILE.py:function, "
+            f"got {task!r}{did_you_mean(task, known)}")
         f = partial(folder_learner, path=path, **kwargs)
         name = ', '.join([str(path), *(f'{k} {v}' for k,v in kwargs.items())])
     return f, name, getattr(f, 'lrs', (1e-3, 3e-3, 1e-2, 3e-2)), getattr(f, 'epochs', 5)

@@ -4,6 +4,7 @@ from functools import cache
 import matplotlib.pyplot as plt, user
 from analysis import *
 from pooling import coverage, estimators, plain_mean
+from user import interval, num, percent
 
 labels = {nadam: 'NAdam', adam: 'exact Adam'}
 styles = {nadam: dict(label='NAdam', color='k', ls='-', marker='o'),
@@ -115,10 +116,7 @@ def met(estimator=beforehand):
 
 # In words
 
-def num(x, digits=1): return f'{x:+.{digits}f}'.replace('-', '−')
-def interval(p, digits=1): return f'{num(p.low, digits)} to {num(p.high, digits)}'
-def percent(p, digits=1): return f"{num(p['mean'], digits)} % ({interval(p, digits)})"
-def figures(p): return percent(p, 2).replace(' %', '') # for a table whose header has the unit
+def figures(p): return percent(p, 2).replace('\N{NO-BREAK SPACE}%', '') # for a table whose header has the unit
 def share(x): return f'{100*x:.0f} %'
 def lower(p): return f'{p.better:.0f} of {p.k:.0f}'
 def plus_minus(r): return f'{num(r["diff"])} ± {half_width(r):.1f}'
@@ -127,7 +125,7 @@ swap, fine_tune = 'Only swap opt_func', 'Fine-tune'
 asked_by_users = dict(swap_middle=(swap, 'medium-length runs'), swap_long=(swap, 'long runs'),
     swap_middle_adam=(f"{swap}, Adam's rate", 'medium-length runs'),
     swap_long_adam=(f"{swap}, Adam's rate", 'long runs'),
-    finetune=(fine_tune, 'the defaults'), finetune_tuned=(fine_tune, 'best of 10 settings'))
+    finetune=(fine_tune, 'the defaults'), finetune_tuned=(fine_tune, 'the best of 10 settings'))
 
 @cache
 def users_answers():
@@ -152,29 +150,42 @@ outcomes = {
     'leave it': 'NAdam ends higher', 'leave it, but it costs less than 2 %': 'NAdam ends higher, by less than 2 %',
     'either': 'there is no difference that matters', 'not shown': 'no difference is shown'}
 
+def outcome(r):
+    "What a row of `users_answers` has shown, in words"
+    corrected = r.verdict == 'not shown' and r.low*r.high > 0
+    return "no difference is left after Holm's correction" if corrected else outcomes[r.verdict]
+
+def users_outcome(question):
+    "What a question of PROTOCOL.md has shown, by its first row; None if it has not been run"
+    return outcome(users_answers().loc[question].iloc[0]) if question in users_answers().index else None
+
 def users_answer(question):
-    "Verdict and figures of a question of PROTOCOL.md as a phrase, by its first row; None if it has not been run"
-    if question not in users_answers().index: return None
-    rows = users_answers().loc[question]
-    prep = 'with' if question == fine_tune else 'in'
-    said = ', and '.join(f'{percent(p)} {prep} {what}' for what,p in rows.iterrows())
-    first = rows.iloc[0]
-    if first.verdict == 'not shown' and first.low*first.high > 0: outcome = "no difference is left after Holm's correction"
-    else: outcome = outcomes[first.verdict]
-    return f'{outcome}, {said} ({first.k:.0f} tasks)'
+    "Outcomes and figures of a question of PROTOCOL.md as a phrase"
+    rows, prep = users_answers().loc[question], 'with' if question == fine_tune else 'in'
+    parts = []
+    for what,p in rows.iterrows():
+        figure = f'{percent(p)} {prep} {what}'
+        if parts and outcome(p) == parts[-1][0]: parts[-1].append(figure)
+        else: parts.append([outcome(p), figure])
+    said = '; '.join(f"{what}, {' and '.join(figures)}" for what,*figures in parts)
+    return f"{said} ({' and '.join(f'{k:.0f}' for k in rows.k.unique())} tasks)"
 
 def answer(question):
-    "The rows of a question as a phrase"
+    "The figures of a question as a phrase, for each length of training"
     return ' and '.join(f'{percent(p)} in {runs}' for runs,p in answers().loc[question].iterrows())
 
 def in_a_line():
-    "The answer for whoever reads no further"
-    few = ' and '.join(f"{num(p['mean'])} % in {runs}" for runs,p in answers().loc['Best of 5 settings'].iterrows())
-    asked = {q: outcomes[r.verdict.iloc[0]] for q,r in users_answers().groupby(level=0)}
-    cases = (swap, 'If you only swap `opt_func`, '), (fine_tune, 'If you fine-tune, ')
-    said = ' '.join(f'{what}{asked[q]}.' for q,what in cases if q in asked)
-    return (f"{said} With the best of 5 settings for each its test loss differs from Adam's by {few}, on average over "
-        "small tasks. In long runs, and in a recipe that is tuned for Adam, nothing is shown.")
+    "The answer for a reader who stops there"
+    cases = {swap: 'if you only swap `opt_func`', fine_tune: 'if you fine-tune'}
+    said = {}
+    for q,case in cases.items():
+        if outcome := users_outcome(q): said.setdefault(outcome, []).append(case)
+    said = [f"{' or '.join(those)}, {outcome}." for outcome,those in said.items()]
+    few = ' and '.join(f"{abs(p['mean']):.1f} % {'lower' if p['mean'] < 0 else 'higher'} in {runs}"
+        for runs,p in answers().loc['Best of 5 settings'].iterrows())
+    return ' '.join([*(o[0].upper() + o[1:] for o in said),
+        f"If you train from scratch with the best of 5 settings for each, NAdam's test loss is {few}, on average over "
+        "small tasks. In long runs, and in a recipe tuned for Adam, no difference is shown."])
 
 def in_short(
     page:str='' # Where the rule is, as a link
@@ -182,24 +193,23 @@ def in_short(
     "The answers in words, the user's questions first"
     off, good = (plain_mean(tuning_gain(5, o)) for o in (1, 0))
     own = [percent(plain_mean(best_of(k, 5, own_ranges))) for k in ('short', 'middle')]
-    asked = {
-        '**You only swap `opt_func`**, and take the learning rate that `lr_find` suggests': users_answer(swap),
-        'The same, with the rate that it suggests for Adam': users_answer(f"{swap}, Adam's rate"),
-        '**You fine-tune** a pretrained network': users_answer(fine_tune)}
-    user_lines = '\n'.join(f'- {k}: {v}.' for k,v in asked.items() if v)
+    asked = {swap: '**You only swap `opt_func`**, and take the learning rate that `lr_find` suggests',
+        f"{swap}, Adam's rate": 'The same, at the rate that it suggests for Adam',
+        fine_tune: '**You fine-tune** a pretrained network'}
+    user_lines = '\n'.join(f'- {k}: {users_answer(q)}.' for q,k in asked.items() if users_outcome(q))
     return f"""
 {user_lines}
 - **You train from scratch and try a few settings:** NAdam ends lower. With the best of 5 settings of learning rate,
-  momentum and weight decay for each, its test loss differs from Adam's by {answer('Best of 5 settings')}. If each
-  may search the momenta that suit it, about half of that is left, and not shown any more: {own[0]} and {own[1]}.
-- **You tune a lot:** the more settings are tried, the less is left: {answer('Best of 32 settings')}. Trained again with
-  new seeds, the winners of 32 settings differ by {answer('Best of 32, trained again')}. By
+  momentum and weight decay for each, the difference is {answer('Best of 5 settings')}. If each
+  may search the momenta that suit it, about half of that is left, and the intervals include 0: {own[0]} and {own[1]}.
+- **You tune a lot:** the more settings are tried, the smaller the difference: {answer('Best of 32 settings')}, with
+  the best of 32. Trained again with new seeds, those differ by {answer('Best of 32, trained again')}. By
   [the rule that was set beforehand]({page}#the-rule-that-was-set-beforehand) this is
   {'enough' if len(met()) > 1 else 'not enough'} to choose NAdam over an equally well-tuned Adam.
-- **You train for long:** nothing is shown, {answer('Best of 16, trained again')}.
-- **You have a recipe that is tuned for Adam:** putting NAdam into it gains nothing that shows,
+- **You train for long:** no difference is shown, {answer('Best of 16, trained again')}.
+- **Your recipe is tuned for Adam:** putting NAdam into it brings no gain that is shown,
   {answer('Recipe tuned for Adam')}.
-- **What is worth more:** the learning rate. From one that is three times too large or too small, 5 settings lower
+- **What matters more:** the learning rate. From one that is three times too large or too small, 5 settings lower
   Adam's loss by {off['mean']:.0f} % ({off.low:.0f} to {off.high:.0f}); from a good one, by {good['mean']:.0f} %
   ({num(good.low, 0)} to {num(good.high, 0)}).
 """
@@ -207,15 +217,17 @@ def in_short(
 def which_one():
     "What to take, a line for each case"
     def asked(case, question):
-        said = users_answer(question)
-        return [(case, '`NAdam`' if 'lower' in said else '`NAdam(nesterov=False)`', said)] if said else []
+        if not (outcome := users_outcome(question)): return []
+        if 'lower' in outcome: return [(case, '`NAdam`', users_answer(question))]
+        return [(case, '`NAdam(nesterov=False)`', f'with `NAdam`, {users_answer(question)}')]
     rows = [*asked('a pretrained model to fine-tune', fine_tune),
         *asked('a model to train from scratch, and nothing is tuned', swap),
         ('a model to train from scratch, and a few settings are tried', '`NAdam`',
             f"its loss is lower, {answer('Best of 5 settings')}"),
         ('a recipe that is tuned for Adam', '`NAdam(nesterov=False)`',
-            f"looking ahead gains nothing that shows, {answer('Recipe tuned for Adam')}"),
-        ('a long run', '`NAdam(nesterov=False)`', f"no difference is shown, {answer('Best of 16, trained again')}"),
+            f"with `NAdam`, no gain is shown, {answer('Recipe tuned for Adam')}"),
+        ('a long run', '`NAdam(nesterov=False)`',
+            f"with `NAdam`, no difference is shown, {answer('Best of 16, trained again')}"),
         ('a recipe from another framework', '[the same NAdam as there](tutorial.which_nadam.ipynb)',
             '`NAdam` takes the steps of AlgoPerf and timm, `DozatNAdam` those of PyTorch, Keras and optax')]
     return '\n'.join(['| you have | take | because |', '|---|---|---|', *(f"| {' | '.join(o)} |" for o in rows)])
@@ -256,11 +268,10 @@ def users_table():
     rows = {}
     for q,r in user.answers().iterrows():
         e = user.effects(*user.questions[q][:2])
-        rows[q] = {'NAdam − Adam': percent(r), '90 % interval': f'{num(r.low90)} to {num(r.high90)}',
-            'p, after Holm': f'{r.p_holm:.2f}', 'lower on': lower(r), 'seeds': f'{e.n.min():.0f}',
-            'tasks not run': f'{r.missing:.0f}',
-            'which': 'primary' if r.primary else 'secondary', 'verdict': r.verdict}
-    return pd.DataFrame(rows).T
+        rows['primary' if r.primary else 'secondary', q] = {'NAdam − Adam': percent(r),
+            '90 % interval': f'{num(r.low90)} to {num(r.high90)}', 'p, after Holm': f'{r.p_holm:.2f}',
+            'lower on': lower(r), 'not run': f'{r.missing:.0f}', 'seeds': f'{e.n.min():.0f}', 'verdict': r.verdict}
+    return pd.DataFrame(rows).T.map(lambda v: v.replace(' ', '\N{NO-BREAK SPACE}'))
 
 def plot_answers():
     "The answers with their 95 % intervals; full where 0 is outside"
@@ -276,8 +287,9 @@ def plot_answers():
     ax.set_yticks(range(len(rows)), [f'{q}:  {r}' if new else r for new,(q, r) in zip(first, rows.index)])
     ax.tick_params('y', length=0)
     ax.spines[['top', 'right', 'left']].set_visible(False)
-    ax.set(ylim=(len(rows) - .5, -.5),
-        xlabel="← NAdam is better        NAdam's test loss − Adam's (%), mean over tasks        Adam is better →")
+    ax.set(ylim=(len(rows) - .5, -.5), xlabel="NAdam's test loss − Adam's (%), mean over tasks")
+    ax.set_title('← NAdam is better', loc='left', fontsize='medium')
+    ax.set_title('Adam is better →', loc='right', fontsize='medium')
 
 def draw_tasks(ax, e, xlim, searches=()):
     "Effects on tasks with their intervals, an arrow where one goes on, and their mean; `searches` beside them"
@@ -305,14 +317,15 @@ def plot_tasks(xlim=(-16, 13)):
         ax.set_title(f"{words[k]} runs, {'four searches' if len(es) > 1 else 'one search'}", fontsize='medium')
     fig.supxlabel("NAdam's test loss − exact Adam's (%)", fontsize='medium')
 
-def plot_users(xlim=(-20, 20)):
-    "The effect on each task in the questions of PROTOCOL.md"
+def plot_users():
+    "The effect on each task in the questions of PROTOCOL.md; those of fine-tuning are smaller, and so is their scale"
     done = {q: user.effects(f, t) for q,(f,t,_) in user.questions.items()}
     done = {q: e for q,e in done.items() if len(e) > 1}
+    done = dict(sorted(done.items(), key=lambda o: o[0].startswith('fine-tune')))
     n_rows = (len(done) + 1)//2
     fig, axs = plt.subplots(n_rows, 2, figsize=(9.5, 3.7*n_rows), layout='constrained', squeeze=False)
     for ax,(q,e) in zip(axs.flat, done.items()):
-        draw_tasks(ax, e, xlim)
+        draw_tasks(ax, e, (-6, 6) if q.startswith('fine-tune') else (-20, 20))
         ax.set_title(q, fontsize='medium')
     for ax in axs.flat[len(done):]: ax.set_visible(False)
     fig.supxlabel("NAdam's test loss − that of fastai's Adam (%)", fontsize='medium')

@@ -83,7 +83,10 @@ def plot_answer(
 # In words and in pictures
 
 def num(x, digits=1): return f'{x:+.{digits}f}'.replace('-', '−')
-def said(r): return f"{num(r['mean'])} % ({num(r.low)} to {num(r.high)})"
+def interval(p, digits=1): return f'{num(p.low, digits)} to {num(p.high, digits)}'
+def percent(p, digits=1):
+    "A mean and its interval, which no line break parts"
+    return f"{num(p['mean'], digits)} % ({interval(p, digits)})".replace(' ', '\N{NO-BREAK SPACE}')
 
 def seconds(folder, tasks, opt='NAdam', base='Adam'):
     "Processor time of a run as a part of that of the baseline's run with the same seed: the median of each task"
@@ -101,19 +104,39 @@ def finetune_in_short():
     first, name = df.loc['fine-tune, default base_lr'], 'fine-tune, best of 10 points'
     exact = plain_mean(effects('finetune', tuned, 'NAdam(nesterov=False)'))
     time = seconds('finetune', tuned)
+    named = f' of the {len(tuned)} in the protocol' if first.missing else ''
     more = ''
-    if name in df.index: more = f" With the best of 10 settings for each, the difference is {said(df.loc[name])}."
-    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on
-{first.k:.0f} small tasks (of the {len(tuned)} that the
-protocol names), the test loss
-with `NAdam` differs from that with fastai's `Adam` by {said(first)}: the mean over tasks, with its
-95 % interval. It is lower on {first.better:.0f} of them. In the words of the protocol this is "{first.verdict}":
-{meaning[first.verdict]}.
-`NAdam(nesterov=False)`, which is `Adam` with exact bias correction, differs from it by {said(exact)}
-(exploratory).{more}
+    if name in df.index:
+        r = df.loc[name]
+        more = f" With the best of 10 settings for each, it is {percent(r)}: {meaning[r.verdict]}."
+    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on {first.k:.0f} small tasks{named}, the test
+loss with `NAdam` differs from that with fastai's `Adam` by {percent(first)} on average (95 % interval over
+tasks), and is lower on {first.better:.0f} of them. In the words of the protocol this is "{first.verdict}":
+{meaning[first.verdict]}.{more}
+`NAdam(nesterov=False)`, which is `Adam` with exact bias correction, differs from it by {percent(exact)}
+(exploratory).
 
-What does not depend on the task: a run takes {100*(1-time.max()):.0f} to {100*(1-time.min()):.0f} % less processor time
-than with fastai's `Adam`, and frozen weights [stay where they are](#frozen-weights-that-stay)."""
+On every task, a run takes less processor time than with fastai's `Adam`, by {100*(1-time.max()):.0f} to
+{100*(1-time.min()):.0f} %, and frozen weights [stay where they are](#frozen-weights-that-stay)."""
+
+def finetune_recipe():
+    "What to type, by the answer to question B"
+    looks_ahead = answers().verdict['fine-tune, default base_lr'].startswith('take it')
+    opt_func = 'NAdam' if looks_ahead else 'partial(NAdam, nesterov=False)'
+    why = ("It looks ahead, and its loss is lower. `partial(NAdam, nesterov=False)` does not look ahead: it is Adam"
+        if looks_ahead else "This is Adam, without looking ahead, as nothing else was shown to be better. For `NAdam`, "
+        "leave `nesterov=False` out")
+    return f"""**What to type.** Set `opt_func`, and leave the rest as it is:
+
+```python
+from fastai.vision.all import *
+from fastai_nadam.all import *
+
+learn = vision_learner(dls, resnet34, opt_func={opt_func}, metrics=error_rate)
+learn.fine_tune(3)
+```
+
+{why}."""
 
 def plot_finetune():
     "NAdam − Adam in fine-tuning, task by task"
