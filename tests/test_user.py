@@ -93,3 +93,14 @@ def test_effects_are_the_differences_of_logarithms(user, folder):
         logs = np.log(df.pivot(index='seed', columns='opt', values='test_loss'))
         d = 100*(logs.NAdam - logs.Adam)
         assert e.loc[t, 'diff'] == pytest.approx(d.mean()) and e.loc[t, 'se'] == pytest.approx(d.std()/len(d)**.5)
+
+def test_a_comparison_that_was_planned_and_not_made_is_corrected_for(user, monkeypatch):
+    df = user.answers()
+    rest = df[~df.primary.astype(bool)]
+    n = sum(not primary for *_,primary in user.questions.values())
+    assert rest.p_holm.min() == pytest.approx(min(1, n*rest.p.min()))
+    name = rest.p.astype(float).idxmax()
+    folder, tasks, _ = user.questions[name]
+    monkeypatch.setitem(user.questions, name, ('no such folder', tasks, False))
+    assert name not in (fewer := user.answers()).index
+    assert fewer.p_holm[rest.p.astype(float).idxmin()] == pytest.approx(min(1, n*rest.p.min()))

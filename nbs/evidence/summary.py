@@ -150,9 +150,14 @@ outcomes = {
     'leave it': 'NAdam ends higher', 'leave it, but it costs less than 2 %': 'NAdam ends higher, by less than 2 %',
     'either': 'there is no difference that matters', 'not shown': 'no difference is shown'}
 
+def outcome(r):
+    "What a row of `users_answers` has shown, in words"
+    corrected = r.verdict == 'not shown' and r.low*r.high > 0
+    return "no difference is left after Holm's correction" if corrected else outcomes[r.verdict]
+
 def users_outcome(question):
     "What a question of PROTOCOL.md has shown, by its first row; None if it has not been run"
-    return outcomes[users_answers().loc[question].verdict.iloc[0]] if question in users_answers().index else None
+    return outcome(users_answers().loc[question].iloc[0]) if question in users_answers().index else None
 
 def users_answer(question):
     "Outcomes and figures of a question of PROTOCOL.md as a phrase"
@@ -160,9 +165,9 @@ def users_answer(question):
     parts = []
     for what,p in rows.iterrows():
         figure = f'{percent(p)} {prep} {what}'
-        if parts and outcomes[p.verdict] == parts[-1][0]: parts[-1].append(figure)
-        else: parts.append([outcomes[p.verdict], figure])
-    said = '; '.join(f"{outcome}, {' and '.join(figures)}" for outcome,*figures in parts)
+        if parts and outcome(p) == parts[-1][0]: parts[-1].append(figure)
+        else: parts.append([outcome(p), figure])
+    said = '; '.join(f"{what}, {' and '.join(figures)}" for what,*figures in parts)
     return f"{said} ({' and '.join(f'{k:.0f}' for k in rows.k.unique())} tasks)"
 
 def answer(question):
