@@ -1,5 +1,5 @@
 "What the tests of the commands share: processes, a folder of a few images, tiny options, and runs that are stopped"
-import multiprocessing, os, signal, sys, tempfile, time
+import atexit, multiprocessing, os, signal, sys, tempfile, time
 from pathlib import Path
 
 import pandas as pd, pytest, torch
@@ -21,6 +21,7 @@ class Forked(processes.Process):
         self.f, self.args, self.cwd, self.before = f, args, Path(cwd).absolute(), before
         self.files = [Path(streams.name)/f'{self.name}.{o}' for o in ('out', 'err')]
         self.start()
+        atexit.register(self.kill) # if its test fails
 
     def run(self):
         for fd,file in enumerate(self.files, 1): os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600), fd)
