@@ -47,6 +47,7 @@ def test_digits_are_scikit_learns(tmp_path):
         assert np.abs(np.asarray(img, dtype=float)*16/255 - im).max() < 0.04  # 8 bits for 17 shades
 
 def test_digits_started_at_the_same_time(home):
+    fastai_cfg() # which fastai writes itself, and not whole
     with ThreadPoolExecutor(4) as ex: paths = list(ex.map(lambda _: digits_path(), range(4)))
     assert len(set(paths)) == 1
     assert [o.name for o in (home/'data').iterdir()] == ['sklearn_digits']
