@@ -217,4 +217,4 @@ def test_the_front_page_decides_by_the_verdict(summary, asked, verdict, take):
     assert line.split(' | ')[1] == take
     text = summary.in_short()
     assert all(summary.percent(p) in text for _,p in summary.users_answers().iterrows())
-    assert summary.outcomes[verdict] in text and 'if you fine-tune' in summary.in_a_line().lower()
+    assert summary.user.outcomes[verdict] in text and 'if you fine-tune' in summary.in_a_line().lower()

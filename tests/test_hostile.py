@@ -108,6 +108,15 @@ def test_factories(opt_func, kwargs):
     p.grad = torch.tensor([1., -1.])
     opt.step()
 
+@fuzz(40, flags=st.dictionaries(st.sampled_from(['foreach', 'fused']),
+    st.sampled_from([None, True, False, 'yes', 2, 1.5, math.nan, ()]), min_size=1), dtype=dtypes)
+def test_path_flags(flags, dtype):
+    p = nn.Parameter(torch.ones(2, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    try: opt = NAdam([p], 0.1, **flags)
+    except ValueError as e: assert any(k in str(e) and repr(v) in str(e) for k,v in flags.items())
+    else: opt.step()
+
 bad_params = st.recursive(st.one_of(st.none(), st.integers(), st.text(max_size=2),
         st.sampled_from([np.zeros(2), int, nn.Linear(1, 1), torch.zeros(2, dtype=torch.complex64), torch.zeros(2)])),
     lambda o: st.one_of(st.lists(o, max_size=3), st.tuples(o, o), st.dictionaries(st.text(max_size=2), o, max_size=2)),

@@ -116,6 +116,26 @@ def test_torch_ignores_do_wd_and_the_table_says_so():
     close(b, 0.95*before)
     assert learn.opt_table().do_wd.all()
 
+def test_table_reads_only():
+    opt = NAdam(net().parameters(), lr=1.)
+    opt_table(opt)
+    assert not opt.state
+    wrapper = OptimWrapper(net().parameters(), torch.optim.AdamW, lr=1.)
+    opt_table(wrapper)
+    assert not wrapper.state and not wrapper.opt.state
+
+def test_torch_ignores_do_wd_and_the_table_says_so():
+    "`do_wd=False` that Learner leaves in an OptimWrapper has no effect"
+    learn = learner(wrapped(torch.optim.SGD, weight_decay=0.5))
+    learn.create_opt()
+    b = learn.model[3].bias
+    assert learn.opt.state[b]['do_wd'] is False
+    b.grad,before = torch.zeros_like(b),b.detach().clone()
+    learn.opt.set_hypers(lr=0.1, wd=0.5)
+    learn.opt.step()
+    close(b, 0.95*before)
+    assert learn.opt_table().do_wd.all()
+
 @every_opt
 def test_reading_writes_nothing(opt_func):
     "The table of an optimizer whose state and hypers cannot change, and of a `Learner` that has none yet"
@@ -382,6 +402,21 @@ def test_the_optimizer_is_left_as_it_was(make):
         assert torch.equal(p, before)
         opt.step()
     assert len(trace.table()) == len(of_copy.table()) == 1
+
+def test_nested_traces_leave_nothing_behind():
+    p = nn.Parameter(torch.randn(3))
+    for opt in (NAdam([p], lr=0.1), Lookahead(NAdam([p], lr=0.1)), OptimWrapper([p], torch.optim.AdamW, lr=0.1)):
+        set_grads([p])
+        inner = opt.opt if 'opt' in vars(opt) else opt
+        with StepTrace(opt) as a:
+            opt.step()
+            with StepTrace(opt) as b:
+                opt.step()
+                with StepTrace(opt) as c: opt.step()
+            opt.step()
+        opt.step()
+        assert 'step' not in vars(inner)
+        assert [t.table().step.to_list() for t in (a, b, c)] == [[1, 2, 3, 4], [2, 3], [3]]
 
 def test_a_step_that_was_there_before_the_trace_stays():
     "as `torch.optim.lr_scheduler` leaves one"

@@ -193,17 +193,17 @@ def test_refused(args, message, folder, tmp_path, capsys, monkeypatch):
 def test_fp16_without_gpu(capsys): assert 'fp16 needs a CUDA GPU' in refused(capsys, ['--fp16'])
 
 @pytest.mark.parametrize('text,message', [('{"args": 3}', 'no args.json'), ('{"args": {}}', 'no args.json'),
-    ('[]', 'no args.json'),
+    ('[]', 'no args.json'), ('{', 'no args.json'),
     ('{"args": {"depth": 3}, "versions": {}}', 'no such option: depth'),
     ('{"args": {"bs": "many"}, "versions": {}}', "bs must be a whole number from 1, got 'many'"),
     ('{"args": {"opt": ["NAdam"]}, "versions": {}}', 'opt must be a name'),
-    ('{"args": {"data": 3}, "versions": {}}', 'data must be'),
+    ('{"args": {"data": 3}, "versions": {}}', 'data must be'), ('['*100_000, 'nested too deeply'),
     ('{"args": {}, "versions": {"torch": "\\u001b[2J"}}', 'versions.torch must be'),
     ('{"args": {}, "versions": {"\\u001b[2J": "1"}}', 'a name in versions must be'),
     ('{"args": {}, "versions": {"torch": 2}}', 'versions.torch must be'),
     ('{"args": {}, "versions": []}', 'versions must be'),
     ('{"args": {}, "versions": {}, "device": "\\u009b2J"}', 'device must be'),
-    ('{"args": {}, "versions": {}, "more": 1}', 'no such entry: more')])
+    ('{"args": {}, "versions": {}, "more": 1}', 'no such entry: more'), ('\0', 'zero byte'), ('null', 'must be')])
 def test_args_refused(text, message, tmp_path, capsys):
     (tmp_path/'args.json').write_text(text)
     err = refused(capsys, ['--args', 'args.json'])
