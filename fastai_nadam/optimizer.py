@@ -214,10 +214,10 @@ def step(self:NAdamOptimizer, closure=None):
         for pg in self.param_lists]
     groups, ps = [i for i,pg in enumerate(in_groups) for _ in pg], sum(in_groups, [])
     if not ps: return
-    gs, states, one_by_one = [p.grad for p in ps], [self.state[p] for p in ps], None
+    gs, states = [p.grad for p in ps], [self.state[p] for p in ps]
     def averages(): return [[s.get(k) for s in states] for k in avgs]
     ms, vs = averages()
-    rows = ordinary_rows(ps, gs, ms, vs)
+    rows, one_by_one = ordinary_rows(ps, gs, ms, vs), None
     if rows is None:
         one_by_one = self._prepare(ps, gs, states)
         ms, vs = averages() # some may be new

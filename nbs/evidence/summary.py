@@ -4,7 +4,7 @@ from functools import cache
 import matplotlib.pyplot as plt, user
 from analysis import *
 from pooling import coverage, estimators, plain_mean
-from user import interval, num, percent
+from user import interval, looks_ahead, num, outcome, percent
 
 labels = {nadam: 'NAdam', adam: 'exact Adam'}
 styles = {nadam: dict(label='NAdam', color='k', ls='-', marker='o'),
@@ -145,16 +145,6 @@ def answers():
     users = users_answers()
     return pd.concat([users.reindex(columns=searches.columns), searches]) if len(users) else searches
 
-outcomes = {
-    'take it': 'NAdam ends lower', 'take it, but it is worth less than 2 %': 'NAdam ends lower, by less than 2 %',
-    'leave it': 'NAdam ends higher', 'leave it, but it costs less than 2 %': 'NAdam ends higher, by less than 2 %',
-    'either': 'there is no difference that matters', 'not shown': 'no difference is shown'}
-
-def outcome(r):
-    "What a row of `users_answers` has shown, in words"
-    corrected = r.verdict == 'not shown' and r.low*r.high > 0
-    return "no difference is left after Holm's correction" if corrected else outcomes[r.verdict]
-
 def users_outcome(question):
     "What a question of PROTOCOL.md has shown, by its first row; None if it has not been run"
     return outcome(users_answers().loc[question].iloc[0]) if question in users_answers().index else None
@@ -179,8 +169,8 @@ def in_a_line():
     cases = {swap: 'if you only swap `opt_func`', fine_tune: 'if you fine-tune'}
     said = {}
     for q,case in cases.items():
-        if outcome := users_outcome(q): said.setdefault(outcome, []).append(case)
-    said = [f"{' or '.join(those)}, {outcome}." for outcome,those in said.items()]
+        if shown := users_outcome(q): said.setdefault(shown, []).append(case)
+    said = [f"{' or '.join(those)}, {shown}." for shown,those in said.items()]
     few = ' and '.join(f"{abs(p['mean']):.1f} % {'lower' if p['mean'] < 0 else 'higher'} in {runs}"
         for runs,p in answers().loc['Best of 5 settings'].iterrows())
     return ' '.join([*(o[0].upper() + o[1:] for o in said),
@@ -217,8 +207,8 @@ def in_short(
 def which_one():
     "What to take, a line for each case"
     def asked(case, question):
-        if not (outcome := users_outcome(question)): return []
-        if 'lower' in outcome: return [(case, '`NAdam`', users_answer(question))]
+        if question not in users_answers().index: return []
+        if looks_ahead(users_answers().loc[question].iloc[0]): return [(case, '`NAdam`', users_answer(question))]
         return [(case, '`NAdam(nesterov=False)`', f'with `NAdam`, {users_answer(question)}')]
     rows = [*asked('a pretrained model to fine-tune', fine_tune),
         *asked('a model to train from scratch, and nothing is tuned', swap),

@@ -94,9 +94,19 @@ def seconds(folder, tasks, opt='NAdam', base='Adam'):
     return pd.Series({t: ratio(c.runs.pivot(index='seed', columns='opt', values='seconds'))
         for t,c in comparisons(folder, tasks).items()})
 
-meaning = {'take it': 'a gain is shown', 'take it, but it is worth less than 2 %': 'a gain is shown, of less than 2 %',
-    'leave it': 'it is worse', 'leave it, but it costs less than 2 %': 'it is worse, by less than 2 %',
-    'either': 'they are equal, within 2 %', 'not shown': 'no difference is shown, and one of 2 % is not excluded'}
+outcomes = {
+    'take it': 'NAdam ends lower', 'take it, but it is worth less than 2 %': 'NAdam ends lower, by less than 2 %',
+    'leave it': 'NAdam ends higher', 'leave it, but it costs less than 2 %': 'NAdam ends higher, by less than 2 %',
+    'either': 'there is no difference that matters', 'not shown': 'no difference is shown'}
+
+def outcome(r):
+    "What a row of `answers` has shown, in words"
+    corrected = r.verdict == 'not shown' and r.low*r.high > 0
+    return "no difference is left after Holm's correction" if corrected else outcomes[r.verdict]
+
+def looks_ahead(r):
+    "Does a row of `answers` recommend `NAdam`?"
+    return r.verdict.startswith('take it')
 
 def finetune_in_short():
     "The first screen of `tutorial.finetune`: the answer to question B"
@@ -108,11 +118,11 @@ def finetune_in_short():
     more = ''
     if name in df.index:
         r = df.loc[name]
-        more = f" With the best of 10 settings for each, it is {percent(r)}: {meaning[r.verdict]}."
+        more = f" With the best of 10 settings for each, it is {percent(r)}: {outcome(r)}."
     return f"""**Which optimizer for `fine_tune`?** With all its defaults, on {first.k:.0f} small tasks{named}, the test
 loss with `NAdam` differs from that with fastai's `Adam` by {percent(first)} on average (95 % interval over
 tasks), and is lower on {first.better:.0f} of them. In the words of the protocol this is "{first.verdict}":
-{meaning[first.verdict]}.{more}
+{outcome(first)}.{more}
 `NAdam(nesterov=False)`, which is `Adam` with exact bias correction, differs from it by {percent(exact)}
 (exploratory).
 
@@ -122,10 +132,10 @@ A run takes {100*(1 - time.median()):.0f} % less processor time than with fastai
 
 def finetune_recipe():
     "What to type, by the answer to question B"
-    looks_ahead = answers().verdict['fine-tune, default base_lr'].startswith('take it')
-    opt_func = 'NAdam' if looks_ahead else 'partial(NAdam, nesterov=False)'
+    ahead = looks_ahead(answers().loc['fine-tune, default base_lr'])
+    opt_func = 'NAdam' if ahead else 'partial(NAdam, nesterov=False)'
     why = ("It looks ahead, and its loss is lower. `partial(NAdam, nesterov=False)` does not look ahead: it is Adam"
-        if looks_ahead else "This is Adam, without looking ahead, as nothing else was shown to be better. For `NAdam`, "
+        if ahead else "This is Adam, without looking ahead, as nothing else was shown to be better. For `NAdam`, "
         "leave `nesterov=False` out")
     return f"""**What to type.** Set `opt_func`, and leave the rest as it is:
 
