@@ -184,7 +184,8 @@ def test_a_link_that_is_made_in_between(tmp_path, monkeypatch):
     victim = tmp_path/'victim'
     victim.write_text('precious')
     monkeypatch.setattr(module.Path, 'unlink', lambda file, **kwargs: file.symlink_to(victim))
-    with pytest.raises(OSError, match="^cannot write '.*/a.json': File exists$"): save_json(dict(a=1), tmp_path/'a.json')
+    with pytest.raises(OSError, match="^cannot write '.*/a.json': File exists$"):
+        save_json(dict(a=1), tmp_path/'a.json')
     assert victim.read_text() == 'precious'
 
 @pytest.mark.parametrize('where', ['{}', '.{}.part'])

@@ -341,10 +341,11 @@ changing = ('_init_state', '_step_batch', '_step_one_by_one', '_together', 'fore
     'ctrl_c_waits', 'step')
 
 def places(lines):
-    "Where to stop a step: at each line of the functions that change something, one of the times it runs, and elsewhere"
+    "Where to stop a step: at many lines of the functions that change something, and at some others"
     times = defaultdict(list)
     for n,line in enumerate(lines, 1): times[line].append(n)
-    return [random.choice(ns) for (f,_),ns in times.items() if f in changing] + random.sample(range(1, len(lines)+1), 5)
+    there = [random.choice(ns) for (f,_),ns in times.items() if f in changing]
+    return random.sample(there, min(len(there), 25)) + random.sample(range(1, len(lines)+1), 3)
 
 @with_checks
 @pytest.mark.parametrize('warm_up', [0, 3])
