@@ -23,12 +23,6 @@ def check_number(
     if not ok(x): raise ValueError(f"{k} must be {what}, got {x!r}")
     return x
 
-# %% ../nbs/00_checks.ipynb #ef49134e
-def check_int(k:str, v, low:int=1):
-    "Check that the argument `k` is a whole number from `low`. Raises a `ValueError`"
-    if not isinstance(v, int) or isinstance(v, bool) or v < low:
-        raise ValueError(f"{k} must be a whole number from {low}, got {v!r}")
-
 # %% ../nbs/00_checks.ipynb #40cm
 _allowed = {**dict.fromkeys(('lr', 'eps', 'wd'), ('a finite number ≥ 0', lambda x: 0 <= x < math.inf)),
     **dict.fromkeys(('mom', 'sqr_mom'), ('in [0, 1)', lambda x: 0 <= x < 1)),
@@ -37,16 +31,6 @@ _allowed = {**dict.fromkeys(('lr', 'eps', 'wd'), ('a finite number ≥ 0', lambd
 def check_hyper(k, v):
     "`v` as `check_number` gives it, if it is allowed for hyper `k`; as it is, if NAdam has no such hyper"
     return check_number(k, v, *_allowed[k]) if k in _allowed else v
-
-# %% ../nbs/00_checks.ipynb #40cq
-def check_flag(
-    k:str, # Name of the flag
-    v, # Its value
-    none:bool=False # May it be None?
-): # The value
-    "Check the value of a flag. Raises a `ValueError` if it is not allowed"
-    if isinstance(v, bool) or (none and v is None): return v
-    raise ValueError(f"{k} must be {'None, ' if none else ''}True or False, got {v!r}")
 
 # %% ../nbs/00_checks.ipynb #40dc
 _short = reprlib.Repr()
@@ -81,8 +65,8 @@ def number(low:float=-math.inf, high:float=math.inf):
 def whole(low:int=0, high:int=2**53):
     "Allow a whole number"
     def ok(v): return isinstance(v, int) and not isinstance(v, bool) and low <= v
-    is_whole, is_low = allow(f'a whole number from {low}', ok), allow(f'at most {high}', lambda v: v <= high)
-    return lambda k,v: is_low(k, is_whole(k, v))
+    is_whole, is_small = allow(f'a whole number from {low}', ok), allow(f'at most {high}', lambda v: v <= high)
+    return lambda k,v: is_small(k, is_whole(k, v))
 
 def one_of(*vals):
     "Allow one of these values"
@@ -96,7 +80,13 @@ def hyper(name:str):
 
 text = allow('text of up to 1000 printable characters',
     lambda v: isinstance(v, str) and len(v) <= 1000 and v.isprintable())
-flag = allow('True or False', lambda v: isinstance(v, bool))
+flag = allow('True or False', lambda v: isinstance(v, bool)) # the text 'False' counts as true in Python
+flag_or_none = allow('None, True or False', lambda v: v is None or isinstance(v, bool))
+
+# %% ../nbs/00_checks.ipynb #ef49134e
+def check_int(k:str, v, low:int=1):
+    "Check that the argument `k` is a whole number from `low`. Raises a `ValueError`"
+    whole(low)(k, v)
 
 # %% ../nbs/00_checks.ipynb #40df
 _is_list = allow('a list', lambda v: isinstance(v, (list, tuple)))
@@ -107,23 +97,18 @@ def optional(check):
     "Allow None too"
     return lambda k,v: v if v is None else check(k, v)
 
-def each(check, n:int|None=None):
-    "Allow a list, of `n` items if that is given, in which `check` allows each"
-    def all_of(k, v):
-        _is_list(k, v)
-        if n not in (None, len(v)): raise ValueError(f"{k or 'it'} must have {n} items, got {len(v)}")
-        for i,o in enumerate(v): check(f'{k}[{i}]', o)
-        return v
-    return all_of
-
 def sequence(*checks):
     "Allow a list with one item for each of the checks"
-    has_length = each(lambda k,v: v, len(checks))
     def all_of(k, v):
-        has_length(k, v)
+        n, m = len(checks), len(_is_list(k, v))
+        if n != m: raise ValueError(f"{k or 'it'} must have {n} items, got {m}")
         for i,(check,o) in enumerate(zip(checks, v)): check(f'{k}[{i}]', o)
         return v
     return all_of
+
+def each(check, n:int|None=None):
+    "Allow a list, of `n` items if that is given, in which `check` allows each"
+    return lambda k,v: sequence(*[check]*(len(_is_list(k, v)) if n is None else n))(k, v)
 
 def values(check):
     "Allow a dictionary with any names, in which `check` allows each value"

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
-from .checks import check_flag, check_hyper, check_number
+from .checks import check_hyper, check_number, flag, flag_or_none
 from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
 from .multi_tensor import (avgs, check_tensors, cut_blocks, increment_versions, kernel_rows, kernel_step,
     kernel_tensors, local, ordinary_rows, overlapping, pick_impl)
@@ -52,7 +52,7 @@ def NAdam(
     fused:bool|None=None # Use a fused kernel? One of the two False and the other not True: the steppers
 ) -> 'NAdamOptimizer':
     "NAdam/NAdamW: Ruder's simplified rule (arXiv 1609.04747), debiased exactly under any momentum schedule"
-    rule = ruder_rule if check_flag('nesterov', nesterov) else adam_rule
+    rule = ruder_rule if flag('nesterov', nesterov) else adam_rule
     return NAdamOptimizer(params, rule, decouple_wd, foreach, fused, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 # %% ../nbs/03_optimizer.ipynb #23ec
@@ -114,7 +114,8 @@ class NAdamOptimizer(Optimizer):
         super().__init__(params, cbs, **hypers)
 
     def __setattr__(self, k, v):
-        if k in ('decouple_wd', 'foreach', 'fused'): check_flag(k, v, none=k != 'decouple_wd')
+        if k == 'decouple_wd': flag(k, v)
+        if k in ('foreach', 'fused'): flag_or_none(k, v)
         super().__setattr__(k, v)
 
     def set_hypers(self, **kwargs):

@@ -175,25 +175,26 @@ def with_batch(figures:dict, case:str='xresnet34') -> pd.DataFrame:
     steps = figures['steps']
     return steps[steps.case == case].merge(figures['training'], on='opt', how='left')
 
+def spans(t, to=reference): return ratios(t, to).apply(lambda r: span(*r), axis=1)
+
 def show_table(df:pd.DataFrame) -> pd.DataFrame:
     "The figures of `bench_step` or `bench_training`, as one reads them"
-    res, df = {}, df.set_index('opt', drop=False)
-    for k in [o for o in names if o in df]:
-        t, name = times(df, k), names[k]
+    df = df.set_index('opt', drop=False)
+    res = {}
+    for k,name in names.items():
+        if k not in df: continue
+        t = times(df, k)
         res[name, 'ms'] = t.median().map(num)
-        res[name, '× fused AdamW'] = ratios(t).apply(lambda r: span(*r), axis=1)
-    if 'batch' in df:
-        t = times(df, 'batch')
-        if 'fastai Adam' in t:
-            res['whole batch', '× fastai Adam'] = ratios(t, 'fastai Adam').apply(lambda r: span(*r), axis=1)
-        part = times(df, 'in_batch') / t
-        res['whole batch', 'of it step and zero_grad, %'] = (100*part).median().map(num)
-    if 'step' in df:
-        res['step', '× memory limit'] = (times(df, 'step').median() / df.limit).map(num)
-        res['step', 'extra MiB'] = df.extra_mib.map(num)
-        res['step', 'first 5 steps, s'] = df.first_s.map(num)
-    cols = sorted(res, key=lambda c: list(names.values()).index(c[0]))
-    return pd.DataFrame({c: res[c] for c in cols}).reindex(df.index).fillna('').rename_axis(None)
+        res[name, '× fused AdamW'] = spans(t)
+        if k == 'step':
+            res[name, '× memory limit'] = (t.median() / df.limit).map(num)
+            res[name, 'extra MiB'] = df.extra_mib.map(num)
+            res[name, 'first 5 steps, s'] = df.first_s.map(num)
+        if k == 'batch':
+            if 'fastai Adam' in t: res[name, '× fastai Adam'] = spans(t, 'fastai Adam')
+            part = times(df, 'in_batch') / t
+            res[name, 'of it step and zero_grad, %'] = (100*part).median().map(num)
+    return pd.DataFrame(res).reindex(df.index).fillna('').rename_axis(None)
 
 def print_table(title:str, df:pd.DataFrame):
     table = show_table(df)
@@ -326,8 +327,10 @@ def check_device(device, dtype):
 
 def check_file(k, file, end=''):
     "Check that `file` can be written to, before anything is measured. Raises a `ValueError`"
-    if file and Path(file).is_symlink(): raise ValueError(f"{k}: {file!r} is a link")
-    if file and not (file.endswith(end) and Path(file).absolute().parent.is_dir() and not Path(file).is_dir()):
+    if not file: return
+    path = Path(file).absolute()
+    if path.is_symlink(): raise ValueError(f"{k}: {file!r} is a link")
+    if not file.endswith(end) or path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{k} must be a{end and f' {end}'} file in a folder that exists, got {file!r}")
 
 # %% ../../nbs/17_bench.ipynb #44ed

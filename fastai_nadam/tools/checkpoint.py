@@ -116,10 +116,7 @@ anything = allow('anything', lambda v: True)
 any_number = allow('a number', is_number) # also one that is not finite: a loss that has diverged
 word = whole(0, 2**32-1) # 32 bits of a generator of random numbers
 
-def python_words(k, v): # 624 of them, and the place of the next
-    each(word, 625)(k, v)
-    whole(0, 624)(f'{k}[624]', v[624])
-
+python_words = sequence(*[word]*624, whole(0, 624)) # and the place of the next
 python_rng = sequence(one_of(3), python_words, optional(number()))
 numpy_rng = sequence(one_of('MT19937'), each(word, 624), whole(0, 624), whole(0, 1), number())
 rng_entries = entries(dict(python=python_rng, numpy=numpy_rng, torch=vector(torch.uint8),

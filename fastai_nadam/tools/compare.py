@@ -12,10 +12,10 @@ from fastai.vision.all import *
 from scipy.stats import qmc
 from ..checks import check_hyper, check_int, shown
 from .cli import cli, did_you_mean, save_fig
-from .results import Comparison, check_margin, find_direction, plain_name, point_cols
-from .runs import check_learner, evaluate, open_folder, train_missing
+from .results import Comparison, check_margin, point_cols
+from .runs import open_runs
 from .tasks import find_task
-from .train import opt_funcs, parse_moms
+from .train import opt_funcs
 
 # %% ../../nbs/16_compare.ipynb #3c5fa660
 def opt_name(f):
@@ -85,70 +85,40 @@ def check_lr(lr):
     if not (x := check_hyper('lr', lr)): raise ValueError(f"lrs must be above 0, got {lr!r}")
     return x
 
-# %% ../../nbs/16_compare.ipynb #62653088
-def check_fine_tune(learn, freeze_epochs):
-    "Check that a `Learner` has a body to freeze. Raises a `ValueError`"
-    check_int('freeze_epochs', freeze_epochs, 0)
-    learn.create_opt()
-    if len(learn.opt.param_lists) < 2: raise ValueError("fine_tune needs a splitter: the Learner has one group of "
-        "parameters, so that nothing would be frozen. With a splitter, the last group is the head")
-
-def find_metric(metric, there, lower_is_better):
-    "(name of a metric, is less of it better?). Raises a `ValueError` if it is not among those of a `Learner`"
-    metric = next((k for k in there if plain_name(k) == plain_name(metric)), metric)
-    if metric not in there: raise ValueError(f"metric must be one of {', '.join(there)}, got {metric!r}")
-    return metric, find_direction(metric, lower_is_better)
-
-def new_settings(make_learner, funcs, epochs, fine_tune=False, freeze_epochs=None, lr_find=None, moms=None,
-    metric=None, lower_is_better=None, task=None, **settings):
-    "What a comparison is of. Raises a `ValueError` that names the invalid argument"
-    check_int('epochs', epochs)
-    if lr_find not in [None, 'own', *funcs]:
-        raise ValueError(f"lr_find must be own or one of {', '.join(funcs)}, got {lr_find!r}")
-    if fine_tune and freeze_epochs is None: freeze_epochs = 1 # fastai's default
-    if not fine_tune and freeze_epochs is not None: raise ValueError("freeze_epochs is for fine_tune: give both")
-    learn = check_learner(make_learner, list(funcs.values()))
-    if fine_tune: check_fine_tune(learn, freeze_epochs)
-    start = evaluate(learn, 1)
-    metric, lower_is_better = find_metric(metric or 'valid_loss', start, lower_is_better)
-    return dict(opts=list(funcs), task=task or opt_name(make_learner), epochs=epochs, freeze_epochs=freeze_epochs,
-        lr_find=lr_find, moms=None if moms is None else list(parse_moms(moms)),
-        metric=metric, lower_is_better=lower_is_better, chance=start[metric] if math.isfinite(start[metric]) else None,
-        batches=len(learn.dls.train), parameters=sum(p.numel() for p in learn.model.parameters()), **settings)
-
 # %% ../../nbs/16_compare.ipynb #4fb0b34f
-Edge = namedtuple('Edge', 'pick lr factor') # `pick` is min or max
+def beyond(lr, factor, points):
+    "The points of each step beyond an edge at `lr`; `points` gives those between two learning rates"
+    while True:
+        yield points(lr, lr*factor)
+        lr *= factor
 
-def grow_edge(train, load, edge, beyond, funcs):
-    "Train at the points beyond an edge, if an optimizer is best there. Gives the new edge, or None"
-    c, lr = load(), edge.lr*edge.factor
-    points = beyond(edge.lr, lr)
-    made_before = c.results.lr.isin([o for o,*_ in points]).any() # earlier seeds or optimizers needed them
-    best_there = edge.pick(c.results.lr) in [c.best(o)[0] for o in funcs]
-    if not (made_before or best_there): return None
-    train(funcs, points)
-    return Edge(edge.pick, lr, edge.factor)
+def is_needed(c, pick, points, opts):
+    "Are `points` beyond an edge needed? If an optimizer is best at the edge, or an earlier command has made them"
+    best_there = pick(c.results.lr) in [c.best(o)[0] for o in opts]
+    return best_there or c.results.lr.isin([lr for lr,*_ in points]).any()
 
 def set_point(point): return tuple(None if math.isnan(o) else o for o in point)
 
-def compare_points(make_learner, opts, seeds, points, edges, beyond, fresh=(), baseline=None, margin=None, grow=2,
+def compare_points(make_learner, opts, seeds, points, edges, fresh=(), baseline=None, margin=None, grow=2, task=None,
     out=None, n_workers=0, **kwargs):
-    "Train at `points`, then at those `beyond` an edge while an optimizer is best there, then the best on `fresh` seeds"
-    for k,v in dict(grow=grow, n_workers=n_workers).items(): check_int(k, v, 0)
+    "Train at `points`, then beyond the `edges` while an optimizer is best there, then the best on `fresh` seeds"
+    check_int('grow', grow, 0)
+    check_int('n_workers', n_workers, 0)
     check_margin(margin)
     tried = {k for p in points for k,v in zip(point_cols, p) if v is not None}
     if 'mom' in tried and kwargs.get('moms') is not None:
         raise ValueError("moms is one schedule: momenta cannot be compared")
     funcs = find_opts(opts, {'lr', 'mom', *tried})
     if baseline not in [None, *funcs]: raise ValueError(f"baseline must be one of {', '.join(funcs)}, got {baseline!r}")
-    with open_folder(out, new_settings(make_learner, funcs, **kwargs)) as (folder, settings):
-        make_runs = partial(train_missing, folder, settings, make_learner, funcs, n_workers)
+    task = task or opt_name(make_learner)
+    with open_runs(out, make_learner, funcs, n_workers, task=task, **kwargs) as (folder, make_runs):
+        def train(points): make_runs(itertools.product(seeds, funcs, points))
         load = partial(Comparison.load, folder)
-        def train(opts, points): make_runs(itertools.product(seeds, opts, points))
-        train(funcs, points)
-        for edge in edges:
-            for _ in range(grow):
-                if not (edge := grow_edge(train, load, edge, beyond, funcs)): break
+        train(points)
+        for pick,steps in edges.items():
+            for more in itertools.islice(steps, grow):
+                if not is_needed(load(), pick, more, funcs): break
+                train(more)
         if fresh:
             best = {o: set_point(load().best(o)) for o in funcs}
             make_runs((seed, o, point) for seed in fresh for o,point in best.items())
@@ -176,10 +146,12 @@ def compare_opts(
     wds = sorted_unique('wds', wds, partial(check_hyper, 'wd'))
     if momenta is not None and moms[0] < 2/3: raise ValueError(f"momenta must be from 2/3 on, got {moms}")
     def grid(lrs): return list(itertools.product(lrs, moms, wds))
-    def beyond(_, lr): return grid([float(f'{lr:.4g}')])
-    edges = []
-    if len(lrs) > 1: edges = [Edge(min, lrs[0], lrs[0]/lrs[1]), Edge(max, lrs[-1], lrs[-1]/lrs[-2])]
-    return compare_points(make_learner, opts, seeds, grid(lrs), edges, beyond, epochs=epochs, **kwargs)
+    def points(_, lr): return grid([float(f'{lr:.4g}')])
+    edges = {}
+    if len(lrs) > 1:
+        edges[min] = beyond(lrs[0], lrs[0]/lrs[1], points)
+        edges[max] = beyond(lrs[-1], lrs[-1]/lrs[-2], points)
+    return compare_points(make_learner, opts, seeds, grid(lrs), edges, epochs=epochs, **kwargs)
 
 # %% ../../nbs/16_compare.ipynb #579d9d4d
 def search_opts(
@@ -198,16 +170,16 @@ def search_opts(
     for k,v in dict(seeds=seeds, trials=trials, trial_seeds=trial_seeds).items(): check_int(k, v)
     check_int('skip', skip, 0)
     if kwargs.get('lr_find'): raise ValueError("lr_find is not for a search: lr is searched")
-    lrs, search, tried = sorted_unique('lrs', lrs, check_lr), listify(search), list(range(trial_seeds))
+    lrs, search = sorted_unique('lrs', lrs, check_lr), listify(search)
     if not search or {*search} - {*point_cols}: raise ValueError(f"search must be some of lr, mom, wd, got {search}")
     if ('lr' in search) != (len(lrs) > 1):
         raise ValueError(f"lrs must be the lowest and the highest, or one if lr is not searched, got {lrs}")
-    low, high = lrs[0], lrs[-1]
-    points, quarter = search_points(search, (low, high), trials, skip), (high/low)**0.25
-    def beyond(*lrs): return search_points(search, lrs, math.ceil(trials/4))
-    edges = [Edge(min, low, 1/quarter), Edge(max, high, quarter)]
-    return compare_points(make_learner, opts, tried, points, edges, beyond, range(100, 100+seeds), epochs=epochs,
-        trial_seeds=tried, **kwargs)
+    low, high, tried = lrs[0], lrs[-1], list(range(trial_seeds))
+    quarter = (high/low)**0.25
+    def points(*lrs): return search_points(search, lrs, math.ceil(trials/4))
+    edges = {min: beyond(low, 1/quarter, points), max: beyond(high, quarter, points)}
+    return compare_points(make_learner, opts, tried, search_points(search, (low, high), trials, skip), edges,
+        fresh=range(100, 100+seeds), epochs=epochs, trial_seeds=tried, **kwargs)
 
 # %% ../../nbs/16_compare.ipynb #e462367a
 default_opts = 'NAdam,DozatNAdam,NAdam(nesterov=False),Adam,RAdam,ranger'
@@ -252,7 +224,8 @@ def compare(
     "Compare optimizers: train with every optimizer, learning rate and seed, and say what that shows"
     folder = {k: v for k,v in dict(arch=arch, size=size, bs=bs).items() if v is not None}
     make, name, task_lrs, task_epochs = find_task(task, **folder)
-    if quick: opts, seeds, grow = 'NAdam,Adam' if opts == default_opts else opts, min(seeds, 4), 0
+    if quick and opts == default_opts: opts = 'NAdam,Adam'
+    if quick: seeds, grow = min(seeds, 4), 0
     check_int('seeds', seeds, 2)
     if n_workers is None: n_workers = default_workers()
     out = Path(out or f"runs/compare-{Path(name).name}{'-quick'*quick}").expanduser()

@@ -69,28 +69,27 @@ def read_settings(folder):
 parse = {float: lambda s: float(s) if s else None, int: int, object: str,
     bool: lambda s: {'True': True, 'False': False}.get(s, s)}
 
-def parse_row(row, check):
-    "A row of text with its numbers. Raises a `ValueError`"
-    if None in row or None in row.values(): raise ValueError(f"it must have {len(result_cols)} values")
-    return check('', {k: parse[types[k]](v) for k,v in row.items()})
+def parse_row(vals, check):
+    "A row of texts as a dict. Raises a `ValueError`"
+    if len(vals) != len(result_cols): raise ValueError(f"it must have {len(result_cols)} values")
+    return check('', {k: parse[types[k]](v) for k,v in zip(result_cols, vals)})
 
 def read_rows(folder, settings):
     "The runs as dicts. Raises a `ValueError` that names the first damaged line"
-    file, rows, seen = folder/'results.csv', [], set()
+    file, rows = folder/'results.csv', {}
     whole_lines = read_text(file).rpartition('\n')[0].split('\n') if file.exists() else ['']
     if whole_lines == ['']: return []
-    if '' in whole_lines: raise ValueError(f"{str(file)!r} is damaged in line {whole_lines.index('') + 1}: it is empty")
-    reader, check, keys = csv.DictReader(whole_lines), results_row(settings), key_cols(settings.get('lr_find'))
+    reader, check, keys = csv.reader(whole_lines), results_row(settings), key_cols(settings.get('lr_find'))
     try:
-        if reader.fieldnames != result_cols: raise ValueError(f"the columns must be {','.join(result_cols)}")
-        for row in reader:
-            row = parse_row(row, check)
-            if (run := tuple(row[k] for k in keys)) in seen: raise ValueError("it repeats a run")
-            seen.add(run)
-            rows.append(row)
+        if next(reader) != result_cols: raise ValueError(f"the columns must be {','.join(result_cols)}")
+        for vals in reader:
+            row = parse_row(vals, check)
+            run = tuple(row[k] for k in keys)
+            if run in rows: raise ValueError("it repeats a run")
+            rows[run] = row
     except (ValueError, csv.Error) as e:
-        raise ValueError(f"{str(file)!r} is damaged in line {reader.reader.line_num}: {e}") from e
-    return rows
+        raise ValueError(f"{str(file)!r} is damaged in line {reader.line_num}: {e}") from e
+    return list(rows.values())
 
 def rows_text(rows, header=False):
     return pd.DataFrame(rows, columns=result_cols).to_csv(index=False, header=header, lineterminator='\n')
@@ -179,10 +178,7 @@ def _top(means): return np.flatnonzero(means >= means.max() - 1e-9*abs(means).ma
 def _tables(self, opt, trials, log=False):
     "Outcomes, seeds × points, on the data that choose and on those that judge; greater is better, nothing is missing"
     key = opt, trials, log
-    if key not in self._found: self._found[key] = _new_tables(self, *key)
-    return self._found[key]
-
-def _new_tables(self, opt, trials, log):
+    if key in self._found: return self._found[key]
     runs = self.runs[self.runs.opt == opt]
     if self.trial_seeds: runs = runs[runs.seed.isin(self.trial_seeds) == trials]
     if self.trial_seeds and not trials: runs = runs[runs.point.isin(self.chosen[opt][:1])]
@@ -191,7 +187,8 @@ def _new_tables(self, opt, trials, log):
     there = there.loc[:, 2*there.sum() >= len(there)] # no points that lack most seeds, and no seeds that lack a point
     seeds = there.index[there.all(axis=1)] if there.size else []
     if log: judge = _logs(judge)
-    return tuple(self.sign*o.loc[seeds, there.columns] for o in (choose, judge))
+    self._found[key] = tuple(self.sign*o.loc[seeds, there.columns] for o in (choose, judge))
+    return self._found[key]
 
 def _logs(values):
     "Logarithms, times 100. Raises a `ValueError`"

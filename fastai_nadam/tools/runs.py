@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from multiprocessing import current_process, get_context, parent_process
 
 from fastai.vision.all import *
+from ..checks import check_int
 from .cli import has_bars, lock_folder
-from .results import append_row, key_cols, point_cols, read_rows, read_settings, write_folder
-from .train import found_lr
+from .results import append_row, find_direction, key_cols, plain_name, point_cols
+from .results import read_rows, read_settings, write_folder
+from .train import found_lr, parse_moms
 
 # %% ../../nbs/15b_runs.ipynb #b673a56b
 def seed_learner(make_learner, opt_func, seed):
@@ -141,6 +143,37 @@ def parallel_runs(fit, make, runs, n_workers):
         for p in list((pool._processes or {}).values()): p.terminate()
         pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/15b_runs.ipynb #62653088
+def check_fine_tune(learn, freeze_epochs):
+    "Check that a `Learner` has a body to freeze. Raises a `ValueError`"
+    check_int('freeze_epochs', freeze_epochs, 0)
+    learn.create_opt()
+    if len(learn.opt.param_lists) < 2: raise ValueError("fine_tune needs a splitter: the Learner has one group of "
+        "parameters, so that nothing would be frozen. With a splitter, the last group is the head")
+
+def find_metric(metric, there, lower_is_better):
+    "(name of a metric, is less of it better?). Raises a `ValueError` if it is not among those of a `Learner`"
+    metric = next((k for k in there if plain_name(k) == plain_name(metric)), metric)
+    if metric not in there: raise ValueError(f"metric must be one of {', '.join(there)}, got {metric!r}")
+    return metric, find_direction(metric, lower_is_better)
+
+def new_settings(make_learner, opt_funcs, task, epochs, fine_tune=False, freeze_epochs=None, lr_find=None, moms=None,
+    metric=None, lower_is_better=None, **settings):
+    "What a comparison is of. Raises a `ValueError` that names the invalid argument"
+    check_int('epochs', epochs)
+    if lr_find not in [None, 'own', *opt_funcs]:
+        raise ValueError(f"lr_find must be own or one of {', '.join(opt_funcs)}, got {lr_find!r}")
+    if fine_tune and freeze_epochs is None: freeze_epochs = 1 # fastai's default
+    if not fine_tune and freeze_epochs is not None: raise ValueError("freeze_epochs is for fine_tune: give both")
+    learn = check_learner(make_learner, list(opt_funcs.values()))
+    if fine_tune: check_fine_tune(learn, freeze_epochs)
+    start = evaluate(learn, 1)
+    metric, lower_is_better = find_metric(metric or 'valid_loss', start, lower_is_better)
+    return dict(opts=list(opt_funcs), task=task, epochs=epochs, freeze_epochs=freeze_epochs,
+        lr_find=lr_find, moms=None if moms is None else list(parse_moms(moms)),
+        metric=metric, lower_is_better=lower_is_better, chance=start[metric] if math.isfinite(start[metric]) else None,
+        batches=len(learn.dls.train), parameters=sum(p.numel() for p in learn.model.parameters()), **settings)
+
 # %% ../../nbs/15b_runs.ipynb #b0a10011
 def join_settings(old, new, folder):
     "Settings of a comparison that goes on. Raises a `ValueError` if it is another one"
@@ -156,15 +189,16 @@ def join_settings(old, new, folder):
     return {**new, **more}
 
 @contextmanager
-def open_folder(out, settings):
-    "Have a folder alone: gives it and its settings. Raises a `ValueError` if there is another comparison in it"
+def open_runs(out, make_learner, opt_funcs, n_workers, **kwargs):
+    "Have a folder alone: gives it and what makes runs in it. Raises a `ValueError` if it has another comparison"
+    settings = new_settings(make_learner, opt_funcs, **kwargs)
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(out or tmp)
         folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(folder):
             if any(not o.name.startswith('.') for o in folder.iterdir()):
                 settings = join_settings(read_settings(folder), settings, folder)
-            yield folder, settings
+            yield folder, partial(train_missing, folder, settings, make_learner, opt_funcs, n_workers)
 
 def missing(rows, runs, lr_find):
     "Those of the runs (seed, opt, point) of which there is no row"
@@ -182,14 +216,6 @@ def counted(it, n):
             if i*10//n > (i-1)*10//n: # another tenth is done
                 print(f'{i} of {n} runs, about {(time.time() - start)*(n - i)/i:.0f} s left', flush=True)
 
-@contextmanager
-def one_thread():
-    "Let PyTorch use one thread"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(before)
-
 def train_missing(folder, settings, make_learner, opt_funcs, n_workers, runs):
     "Make those of the runs (seed, opt, point) that are not in the folder yet"
     rows = read_rows(folder, settings)
@@ -198,5 +224,8 @@ def train_missing(folder, settings, make_learner, opt_funcs, n_workers, runs):
     fit = partial(fit_once, make_learner, opt_funcs, settings)
     make = partial(seed_learner, make_learner, first(opt_funcs.values()), 0)
     made = parallel_runs(fit, make, runs, n_workers) if n_workers else (fit(*o) for o in runs)
-    with one_thread():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1) # as in the workers
+    try:
         for row in counted(made, len(runs)): append_row(folder, row)
+    finally: torch.set_num_threads(n_threads)

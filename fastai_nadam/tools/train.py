@@ -41,10 +41,7 @@ def is_arch(k, v):
     near = ', '.join(get_close_matches(str(v), archs, cutoff=0))
     raise ValueError(f"{k} must be an xresnet of fastai's or a network of torchvision's, such as {near}, got {v!r}")
 
-def is_moms(k, v):
-    "Allow what `parse_moms` takes"
-    try: return parse_moms(v)
-    except ValueError as e: raise ValueError(str(e).replace('moms', k, 1)) from e
+def is_moms(k, v): return parse_moms(v, k)
 
 Option = namedtuple('Option', 'type digits photos allowed help')
 
@@ -76,12 +73,12 @@ article_config = dict(data='imagenette', arch='xresnet34', opt='NAdam', size=224
     wd=0.01, eps=1e-8)
 
 # %% ../../nbs/13_train.ipynb #027ee228
-def parse_moms(moms:str|float|tuple) -> tuple:
+def parse_moms(moms:str|float|tuple, name:str='moms') -> tuple:
     "Momentum at the start, the peak and the end of the cycle; one is constant. Raises a `ValueError`"
     vals = moms.split(',') if isinstance(moms, str) else list(L(moms))
-    if len(vals) not in (1, 3): raise ValueError(f"moms must be three numbers, or one that is constant, got {moms!r}")
+    if len(vals) not in (1, 3): raise ValueError(f"{name} must be three numbers, or one that is constant, got {moms!r}")
     try: vals = [check_hyper('mom', float(o)) for o in vals]
-    except (TypeError, ValueError) as e: raise ValueError(f"moms must be numbers in [0, 1), got {moms!r}") from e
+    except (TypeError, ValueError) as e: raise ValueError(f"{name} must be numbers in [0, 1), got {moms!r}") from e
     return tuple(vals * (3//len(vals)))
 
 # %% ../../nbs/13_train.ipynb #14ec

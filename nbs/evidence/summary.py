@@ -4,11 +4,9 @@ from functools import cache
 import matplotlib.pyplot as plt, user
 from analysis import *
 from pooling import coverage, estimators, plain_mean
-from user import interval, looks_ahead, num, outcome, percent
+from user import draw_tasks, interval, looks_ahead, num, outcome, percent, plot_users
 
 labels = {nadam: 'NAdam', adam: 'exact Adam'}
-styles = {nadam: dict(label='NAdam', color='k', ls='-', marker='o'),
-    adam: dict(label='exact Adam', color='0.55', ls='--', marker='s')}
 words = dict(short='short', middle='medium-length', long='long')
 epochs = dict(short=2, middle=8, long=32)
 folders = dict(short=['short', 'short-1', 'short-2', 'short-3'], middle=['middle', 'middle-1', 'middle-2', 'middle-3'],
@@ -122,17 +120,18 @@ def lower(p): return f'{p.better:.0f} of {p.k:.0f}'
 def plus_minus(r): return f'{num(r["diff"])} ± {half_width(r):.1f}'
 
 swap, fine_tune = 'Only swap opt_func', 'Fine-tune'
-asked_by_users = dict(swap_middle=(swap, 'medium-length runs'), swap_long=(swap, 'long runs'),
-    swap_middle_adam=(f"{swap}, Adam's rate", 'medium-length runs'),
-    swap_long_adam=(f"{swap}, Adam's rate", 'long runs'),
-    finetune=(fine_tune, 'the defaults'), finetune_tuned=(fine_tune, 'the best of 10 settings'))
+asked_by_users = {'only swap, 8 epochs, each its own lr_find': (swap, 'medium-length runs'),
+    'only swap, 32 epochs, each its own lr_find': (swap, 'long runs'),
+    'only swap, 8 epochs, lr_find with Adam': (f"{swap}, Adam's rate", 'medium-length runs'),
+    'only swap, 32 epochs, lr_find with Adam': (f"{swap}, Adam's rate", 'long runs'),
+    'fine-tune, default base_lr': (fine_tune, 'the defaults'),
+    'fine-tune, best of 10 points': (fine_tune, 'the best of 10 settings')}
 
 @cache
 def users_answers():
     "What PROTOCOL.md asks: NAdam's test loss compared with that of fastai's Adam, with the verdict; what has been run"
     rows = user.answers()
-    return pd.DataFrame({name: rows.loc[q] for folder,name in asked_by_users.items()
-        for q,(f,*_) in user.questions.items() if f == folder and q in rows.index}).T
+    return pd.DataFrame({name: rows.loc[q] for q,name in asked_by_users.items() if q in rows.index}).T
 
 @cache
 def answers():
@@ -177,10 +176,8 @@ def in_a_line():
         f"If you train from scratch with the best of 5 settings for each, NAdam's test loss is {few}, on average over "
         "small tasks. In long runs, and in a recipe tuned for Adam, no difference is shown."])
 
-def in_short(
-    page:str='' # Where the rule is, as a link
-):
-    "The answers in words, the user's questions first"
+def in_short(page=''):
+    "The answers in words, the user's questions first; `page` is where the rule is, as a link"
     off, good = (plain_mean(tuning_gain(5, o)) for o in (1, 0))
     own = [percent(plain_mean(best_of(k, 5, own_ranges))) for k in ('short', 'middle')]
     asked = {swap: '**You only swap `opt_func`**, and take the learning rate that `lr_find` suggests',
@@ -281,23 +278,6 @@ def plot_answers():
     ax.set_title('← NAdam is better', loc='left', fontsize='medium')
     ax.set_title('Adam is better →', loc='right', fontsize='medium')
 
-def draw_tasks(ax, e, xlim, searches=()):
-    "Effects on tasks with their intervals, an arrow where one goes on, and their mean; `searches` beside them"
-    ax.axvline(0, color='0.6', lw=1)
-    for y,r in enumerate(e.itertuples()):
-        half = half_width(e.loc[r.Index])
-        low, high = r.diff - half, r.diff + half
-        ax.plot(np.clip([low, high], *xlim), [y, y], color='k', lw=1.3)
-        if low < xlim[0]: ax.plot(xlim[0], y, '<', color='k', ms=5, clip_on=False)
-        if high > xlim[1]: ax.plot(xlim[1], y, '>', color='k', ms=5, clip_on=False)
-        ax.plot(np.clip(r.diff, *xlim), y, 'o', color='k', ms=5)
-    for o in searches: ax.plot(o['diff'].clip(*xlim), np.arange(len(o)) + .28, 'o', color='0.6', ms=3, clip_on=False)
-    p, y = plain_mean(e), len(e) + .3
-    half = [[p['mean'] - p.low], [p.high - p['mean']]]
-    ax.errorbar(p['mean'], y, xerr=half, fmt='D', color='C0', ms=7, capsize=4)
-    ax.set_yticks([*range(len(e)), y], [*e.index, 'all tasks'])
-    ax.set(xlim=xlim, ylim=(y + .7, -.7))
-
 def plot_tasks(xlim=(-16, 13)):
     "The effect on each task (grey: single searches), and the mean over tasks"
     fig, axs = plt.subplots(1, 3, figsize=(9.5, 3.4), layout='constrained', sharey=True)
@@ -306,19 +286,6 @@ def plot_tasks(xlim=(-16, 13)):
         draw_tasks(ax, mean_of_searches(k), xlim, es if len(es) > 1 else ())
         ax.set_title(f"{words[k]} runs, {'four searches' if len(es) > 1 else 'one search'}", fontsize='medium')
     fig.supxlabel("NAdam's test loss − exact Adam's (%)", fontsize='medium')
-
-def plot_users():
-    "The effect on each task in the questions of PROTOCOL.md; those of fine-tuning are smaller, and so is their scale"
-    done = {q: user.effects(f, t) for q,(f,t,_) in user.questions.items()}
-    done = {q: e for q,e in done.items() if len(e) > 1}
-    done = dict(sorted(done.items(), key=lambda o: o[0].startswith('fine-tune')))
-    n_rows = (len(done) + 1)//2
-    fig, axs = plt.subplots(n_rows, 2, figsize=(9.5, 3.7*n_rows), layout='constrained', squeeze=False)
-    for ax,(q,e) in zip(axs.flat, done.items()):
-        draw_tasks(ax, e, (-6, 6) if q.startswith('fine-tune') else (-20, 20))
-        ax.set_title(q, fontsize='medium')
-    for ax in axs.flat[len(done):]: ax.set_visible(False)
-    fig.supxlabel("NAdam's test loss − that of fastai's Adam (%)", fontsize='medium')
 
 def plot_trials(ns=(1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128)):
     "The mean effect, by the number of settings that each optimizer may try"

@@ -50,8 +50,7 @@ def autoencoder(opt_func):
 @lru_cache
 def mnist1d_data():
     from mnist1d.data import get_dataset_args, make_dataset
-    with no_random():
-        d = make_dataset(get_dataset_args())
+    with no_random(): d = make_dataset(get_dataset_args())
     x, y = (np.concatenate([d[k], d[f'{k}_test']]) for k in 'xy')
     return tensor(x).float()[:,None], tensor(y).long()
 
@@ -61,15 +60,15 @@ def mnist1d(opt_func):
     return classifier(split_dls(mnist1d_data(), (3500, 500, 1000), bs=64, n_batches=35), model, opt_func)
 
 # Text: the next character of Python's help texts
-def char_data(
-    text:str, # What to learn
-    sha:str, # First characters of the SHA-256 of the text the stored results were made with
-    seq_len:int, # Characters of an item
-    n_blocks:int=100 # Pieces of the text that a split keeps whole, so that no neighbour of a test item trains
-) -> tuple: # (inputs, targets), both block × item × character, and the number of different characters
-    "A text as numbers. Raises a `ValueError` if it is another one"
-    if (got := hashlib.sha256(text.encode()).hexdigest()[:len(sha)]) != sha:
-        raise ValueError(f"the text has the SHA-256 {got}…, the stored results were made with {sha}… (Python 3.11.7)")
+def check_text(text, sha):
+    "Check the first characters of the SHA-256 of a text. Raises a `ValueError` if another Python has another one"
+    got = hashlib.sha256(text.encode()).hexdigest()[:len(sha)]
+    if got != sha: raise ValueError(f"the text has the SHA-256 {got}…, the stored results had {sha}… (Python 3.11.7)")
+
+def char_data(text, sha, seq_len, n_blocks=100):
+    """Inputs and targets, both block × item × character, and the number of different characters. A split keeps the
+    blocks whole, so that no neighbour of a test item trains"""
+    check_text(text, sha)
     vocab = {c: i for i,c in enumerate(sorted(set(text)))}
     t = tensor([vocab[c] for c in text])
     n = (len(t)-1) // (n_blocks*seq_len) * n_blocks*seq_len
@@ -144,9 +143,12 @@ def houses_data():
     df = df.assign(listings=np.log(df.listings), median=np.log(df['median']))
     return table_data(df, ['city', 'month'], ['year', 'median', 'listings', 'inventory'], 'sales')
 
+def table_model(cats, conts, _):
+    emb_szs = [(int(n)+1, min(8, int(n)//2 + 2)) for n in cats.max(0).values]
+    return TabularModel(emb_szs, conts.shape[1], 1, [64, 32])
+
 def table_learner(data, sizes, bs, opt_func, n_batches=None):
-    cats = [(int(n)+1, min(8, int(n)//2 + 2)) for n in data[0].max(0).values]
-    model = TabularModel(cats, data[1].shape[1], 1, [64, 32])
+    model = table_model(*data)
     dls = split_dls(data, sizes, bs, n_batches)
     return regressor(dls, model, opt_func)
 

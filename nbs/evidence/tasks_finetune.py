@@ -3,7 +3,7 @@
 The items that test are always the same; a seed set beforehand (`set_seed`) decides which of the others train and which
 tune. What a network learned first, it learned from other data, with another optimizer, and is kept in `.pretrained`.
 """
-import ast, hashlib, json, sysconfig
+import ast, json, sysconfig
 from functools import lru_cache
 
 from fastai.tabular.all import *
@@ -11,30 +11,21 @@ from fastai.text.all import *
 from fastai.vision.all import *
 from fastai.vision.models.xresnet import ResBlock, XResNet
 from fastai_nadam.tools.tasks import tensor_dls
-from tasks import digits_data, diamonds_data, mnist_data, package_file
+from tasks import check_text, digits_data, diamonds_data, mnist_data, package_file, table_model
 
 here = Path(__file__).parent
 emojis = here/'node_modules'/'emoji-datasource-twitter'
 
-def part_dls(
-    tensors:tuple, # Inputs and targets
-    n_test:int, # Items that test, the same for every seed
-    sizes:tuple, # Number of items that train and tune; the rest is left out
-    bs:int # Items per batch
-) -> DataLoaders: # Training, tuning and test data
-    "Set a fixed part of the items aside, split the others at random"
+def part_dls(tensors, n_test, sizes, bs):
+    "Training, tuning and test data: `n_test` items are the same for every seed, `sizes` of the others drawn at random"
     test, rest = torch.randperm(len(tensors[0]), generator=torch.Generator().manual_seed(0)).tensor_split([n_test])
     train, tune, _ = rest[torch.randperm(len(rest))].tensor_split(np.cumsum(sizes).tolist())
     sets = (tuple(t[i] for t in tensors) for i in (train, tune, test))
     return tensor_dls(*sets, bs=bs, valid_bs=250)
 
 @lru_cache(None)
-def pretrained(
-    make_learner, # Function of `opt_func` that returns a `Learner`
-    epochs:int, # Length of its cycle
-    lr:float # Learning rate at its peak
-) -> dict: # Weights by name
-    "Train a network by RMSProp, which is none of the optimizers that are compared, or read what it has learned"
+def pretrained(make_learner, epochs, lr):
+    "Weights: train a network by RMSProp, which is none of the optimizers that are compared, or read them"
     file = here/'.pretrained'/f'{make_learner.__name__}.pth'
     if not file.exists():
         with no_random():
@@ -111,8 +102,7 @@ def digits(opt_func):
 
 # A table of one kind of rows -> few of another: the price of well-cut diamonds, of others
 def price_learner(tables, n_test, sizes, bs, opt_func):
-    emb_szs = [(int(n)+1, min(8, int(n)//2 + 2)) for n in diamonds_data()[0].max(0).values]
-    model = TabularModel(emb_szs, diamonds_data()[1].shape[1], 1, [64, 32])
+    model = table_model(*diamonds_data())
     def body_head(m): return L(params(m.embeds) + params(m.bn_cont) + params(m.layers[:-1]), params(m.layers[-1]))
     return Learner(part_dls(tables, n_test, sizes, bs), model, MSELossFlat(), opt_func, splitter=body_head)
 
@@ -140,10 +130,7 @@ def as_numbers(docs, vocab):
     index = {k: i for i,k in enumerate(vocab)}
     return [tensor([2, *(index.get(t, 0) for t in d)]) for d in docs]
 
-def check_texts(docs, sha):
-    "Raises a `ValueError` if another Python has other texts"
-    got = hashlib.sha256(repr([o.tolist() for o in docs]).encode()).hexdigest()[:len(sha)]
-    if got != sha: raise ValueError(f"the texts have the SHA-256 {got}…, the stored results had {sha}… (Python 3.11.7)")
+def check_texts(docs, sha): check_text(repr([o.tolist() for o in docs]), sha)
 
 lstm = {**awd_lstm_lm_config, 'emb_sz': 96, 'n_hid': 160, 'n_layers': 2}
 

@@ -21,18 +21,9 @@ def comparisons(folder, tasks):
     "By task; one that has not been run is left out"
     return {t: Comparison.load(here/folder/t) for t in tasks if (here/folder/t/'results.csv').exists()}
 
-def effects(
-    folder:str, # Such as `swap_middle`
-    tasks:list, # Which tasks; one that has not been run is left out
-    opt:str='NAdam', # Optimizer
-    base:str='Adam' # Baseline
-) -> pd.DataFrame: # Index task; `diff`, `half` of its 95 % interval over seeds, `se`, `n` seeds
-    "Difference in test loss on the same seeds, in per cent of it; below 0 `opt` is better"
-    rows = {}
-    for t,c in comparisons(folder, tasks).items():
-        e = c.effect(opt, base, log=True)
-        rows[t] = dict(e, half=half_width(e.se, e.n))
-    return pd.DataFrame(rows).T
+def effects(folder, tasks, opt='NAdam', base='Adam'):
+    "Difference in test loss on the same `n` seeds, in per cent of it, by task; below 0 `opt` is better"
+    return pd.DataFrame({t: c.effect(opt, base, log=True) for t,c in comparisons(folder, tasks).items()}).T
 
 def verdict(r, margin=2):
     "The words that the protocol has for an answer"
@@ -41,8 +32,8 @@ def verdict(r, margin=2):
     if r.low > 0 and r.p_holm < 0.05: return 'leave it, but it costs less than 2 %' if within else 'leave it'
     return 'either' if within else 'not shown'
 
-def answers(opt='NAdam', base='Adam') -> pd.DataFrame: # A row for each comparison
-    """Means over tasks in per cent of the loss, with 95 % and 90 % intervals
+def answers(opt='NAdam', base='Adam'):
+    """A row for each comparison: means over tasks in per cent of the loss, with 95 % and 90 % intervals
 
     Holm corrects primary and secondary comparisons apart. One that was planned and not made counts with p = 1.
     """
@@ -57,30 +48,7 @@ def answers(opt='NAdam', base='Adam') -> pd.DataFrame: # A row for each comparis
     df['p_holm'] = p.groupby(planned).transform(holm)
     return df.assign(verdict=[verdict(r) for r in df.itertuples()])
 
-def plot_answer(
-    groups:dict, # Tables from `effects` by title
-    opt:str='NAdam', # What is compared, in words
-    base:str="fastai's Adam" # With what
-):
-    "Effect on each task, and their mean; returns the figure"
-    height = 0.3*max(map(len, groups.values())) + 1.8
-    fig, axs = plt.subplots(1, len(groups), sharex=True, squeeze=False, figsize=(9, height), layout='constrained')
-    for ax,(title,e) in zip(axs[0], groups.items()):
-        e, p = e.sort_values('diff', ascending=False), plain_mean(e)
-        ys = np.arange(len(e)) + 1.5
-        ax.axvspan(-2, 2, color='0.92', label='less than 2 %')
-        ax.axvline(0, color='k', lw=0.8)
-        ax.errorbar(e['diff'], ys, xerr=e.half, fmt='o', color='0.4', capsize=2, label='a task (95 % over seeds)')
-        ax.errorbar(p['mean'], 0, xerr=[[p['mean']-p.low], [p.high-p['mean']]], fmt='D', color='k', ms=7, lw=2,
-            capsize=4, label='mean over tasks (95 %)')
-        ax.set_yticks([0, *ys], ['mean', *e.index])
-        ax.set(title=title, ylim=(-.8, len(e) + 1.2))
-        ax.spines[['top', 'right']].set_visible(False)
-    fig.supxlabel(f"← {opt} is better        difference in test loss (%)        {base} is better →", fontsize='medium')
-    fig.legend(*axs[0,0].get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False)
-    return fig
-
-# In words and in pictures
+# In words
 
 def num(x, digits=1): return f'{x:+.{digits}f}'.replace('-', '−')
 def interval(p, digits=1): return f'{num(p.low, digits)} to {num(p.high, digits)}'
@@ -149,8 +117,34 @@ learn.fine_tune(3)
 
 {why}."""
 
-def plot_finetune():
-    "NAdam − Adam in fine-tuning, task by task"
-    titles = {'finetune': 'base_lr 2e-3, the default', 'finetune_tuned': 'best of 10 settings'}
-    groups = {title: e for f,title in titles.items() if len(e := effects(f, tuned)) > 1}
-    plot_answer(groups)
+# In pictures
+
+def draw_tasks(ax, e, xlim, searches=()):
+    "Effects on tasks with their intervals, an arrow where one goes on, and their mean; `searches` beside them"
+    ax.axvline(0, color='0.6', lw=1)
+    for y,r in enumerate(e.itertuples()):
+        half = half_width(r.se, r.n)
+        low, high = r.diff - half, r.diff + half
+        ax.plot(np.clip([low, high], *xlim), [y, y], color='k', lw=1.3)
+        if low < xlim[0]: ax.plot(xlim[0], y, '<', color='k', ms=5, clip_on=False)
+        if high > xlim[1]: ax.plot(xlim[1], y, '>', color='k', ms=5, clip_on=False)
+        ax.plot(np.clip(r.diff, *xlim), y, 'o', color='k', ms=5)
+    for o in searches: ax.plot(o['diff'].clip(*xlim), np.arange(len(o)) + .28, 'o', color='0.6', ms=3, clip_on=False)
+    p, y = plain_mean(e), len(e) + .3
+    half = [[p['mean'] - p.low], [p.high - p['mean']]]
+    ax.errorbar(p['mean'], y, xerr=half, fmt='D', color='C0', ms=7, capsize=4)
+    ax.set_yticks([*range(len(e)), y], [*e.index, 'all tasks'])
+    ax.set(xlim=xlim, ylim=(y + .7, -.7))
+
+def plot_users(kinds=('only swap', 'fine-tune')):
+    "The effect on each task in the questions of some kinds; those of fine-tuning are smaller, and so is their scale"
+    asked = [q for kind in kinds for q in questions if q.startswith(kind)]
+    done = {q: e for q in asked if len(e := effects(*questions[q][:2])) > 1}
+    n_rows = (len(done) + 1)//2
+    fig, axs = plt.subplots(n_rows, 2, figsize=(9.5, 3.7*n_rows), layout='constrained', squeeze=False)
+    for ax,(q,e) in zip(axs.flat, done.items()):
+        ax.axvspan(-2, 2, color='0.93')
+        draw_tasks(ax, e, (-6, 6) if q.startswith('fine-tune') else (-20, 20))
+        ax.set_title(q, fontsize='medium')
+    for ax in axs.flat[len(done):]: ax.set_visible(False)
+    fig.supxlabel("NAdam's test loss − that of fastai's Adam (%); grey: less than 2 %", fontsize='medium')
