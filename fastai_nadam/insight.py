@@ -38,12 +38,11 @@ Learner.opt_table = opt_table
 
 def _table_row(group, p, hyper, state):
     "A row of `opt_table`; a lazy layer has no shape yet"
-    res = dict(group=group, shape=None if is_lazy(p) else tuple(p.shape), numel=pd.NA if is_lazy(p) else p.numel())
-    res.update({k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd') if k in hyper})
-    res.update(do_wd=state.get('do_wd', True), force_train=state.get('force_train', False))
-    res.update(trainable=p.requires_grad, step=state.get('step'))
-    for k in ('grad_avg', 'sqr_avg'): res[k] = _norm(state[k]) if k in state else math.nan
-    return res
+    shape, numel = (None, pd.NA) if is_lazy(p) else (tuple(p.shape), p.numel())
+    hypers = {k: hyper[k] for k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd') if k in hyper}
+    norms = {k: _norm(state[k]) if k in state else math.nan for k in ('grad_avg', 'sqr_avg')}
+    return dict(group=group, shape=shape, numel=numel, **hypers, do_wd=state.get('do_wd', True),
+        force_train=state.get('force_train', False), trainable=p.requires_grad, step=state.get('step'), **norms)
 
 # %% ../nbs/05_insight.ipynb #09ec
 def _with_opt(o):

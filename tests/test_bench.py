@@ -1,6 +1,5 @@
 "Measurements measure what they say, and the command refuses what it cannot do"
 import itertools, json, math, random, time
-from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd, pytest, torch
@@ -9,10 +8,8 @@ from torch import nn
 
 from fastai_nadam import NAdam
 from fastai_nadam.tools import bench as b
-from fastai_nadam.tools.bench import (
-    bench_cases, bench_step, bench_training, extra_memory, find_peers, interleave, load_figures, main, net_shapes,
-    new_params, ratios, reference, save_figures, saving, sentence, show_table, time_batches,
-    times)
+from fastai_nadam.tools.bench import (bench_cases, bench_step, find_peers, interleave, load_figures, main, new_params,
+    ratios, reference, save_figures, saving, sentence, show_table, time_batches, times)
 from fastai_nadam.multi_tensor import _kernel
 from impls import needs_kernel
 from runs import here
@@ -96,16 +93,6 @@ def test_short_calls_are_repeated():
     calls = []
     assert len(interleave({'a': lambda: calls.append(1)}, rounds=2)) == 2 and len(calls) > 100
 
-@pytest.mark.parametrize('n', [10_000, 300_000])
-def test_extra_memory(n):
-    x = torch.rand(n)
-    def two_at_a_time():
-        for _ in range(3): y = (x+1)*2
-    assert extra_memory(two_at_a_time) == pytest.approx(3*4*n, rel=0.01) # and the y of the round before
-    assert extra_memory(lambda: x.add_(x)) < 100
-    y = x.clone()
-    assert extra_memory(lambda: (x+y).sum()) == pytest.approx(4*n, rel=0.01)
-
 def test_steps_and_columns():
     seen = []
     class Thief:
@@ -170,19 +157,6 @@ def test_large_cases_have_two_optimizers(monkeypatch):
     assert asked == [list(find_peers()), [reference, 'NAdam']] and df.parameters.tolist() == [10, 200_000_000]
     sizes = [(len(s), sum(map(math.prod, s))) for s in b.growing().values()]
     assert {(10, 1000), (100, 1_000_000), (100, 300_000_000), (10_000, 1_000_000)} <= set(sizes)
-
-def test_shapes():
-    s = net_shapes('xresnet34')
-    assert len(s) == 116 and s[0] == (32, 3, 3, 3) and sum(map(math.prod, s)) == 21_816_904
-    assert sum(map(math.prod, net_shapes('vit_b_16'))) == 86_567_656 # torchvision's own figure
-
-def test_training(monkeypatch):
-    monkeypatch.setattr(b, 'get_dls', partial(b.get_dls, bs=4))
-    df = bench_training({k: find_peers()[k] for k in (reference, 'NAdam')}, rounds=6, arch='squeezenet1_1')
-    batch, part = times(df, 'batch'), times(df, 'in_batch')
-    assert batch.shape == (6, 2) and ((0 < part) & (part < batch)).all(axis=None)
-    assert show_table(df).columns.tolist() == [
-        ('whole batch', o) for o in ('ms', '× fused AdamW', 'of it step and zero_grad, %')]
 
 def test_batches_differ_in_nothing_but_the_optimizer():
     "A slow optimizer makes slow batches, not those of the others; each keeps its state, and has fastai's `do_wd`"

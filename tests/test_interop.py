@@ -184,15 +184,6 @@ def test_hypers_changed_in_torch_come_along():
     assert [h['lr'] for h in opt.hypers] == [0.5]*3
     assert [h['wd'] for h in opt.hypers] == [0.7, 0.2, 0.7]  # in the second, everything is exempt
 
-def test_a_learner_goes_on_with_it():
-    model = nn.Linear(1, 1)
-    torch_opt = torch.optim.NAdam(model.parameters(), lr=1e-3)
-    train(torch_opt, list(model.parameters()), new_grads(list(model.parameters()), 3))
-    learn = Learner(toy_learner().dls, model, loss_func=MSELossFlat())
-    learn.opt = from_torch(torch_opt)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
-    assert {s['step'] for s in learn.opt.state.values()} == {3 + len(learn.dls.train)}
-
 @each_impl
 @pytest.mark.parametrize('cls', [torch.optim.Adam, torch.optim.AdamW])
 def test_from_adam_without_nesterov_is_that_adam(impl, cls):
@@ -206,19 +197,6 @@ def test_from_adam_without_nesterov_is_that_adam(impl, cls):
     train(torch_opt, ps, grads[:5])
     opt = with_impl(partial(from_adam, nesterov=False), torch_opt, impl)
     train(opt, ps, grads[5:])
-    assert_close(ps, qs)
-
-@each_impl
-def test_from_adam_is_timms_nadamw(impl):
-    ps = new_params()
-    qs, grads = copies(ps), new_grads(ps, 15)
-    torch_opt = torch.optim.AdamW(ps, lr=0.05, weight_decay=0.1, fused=False)
-    train(torch_opt, ps, grads[:5])
-    opt, theirs = with_impl(from_adam, torch_opt, impl), timm.optim.NAdamW(copies(ps))
-    qs = theirs.param_groups[0]['params']
-    theirs.load_state_dict(deepcopy(torch_opt.state_dict()))
-    train(opt, ps, grads[5:])
-    train(theirs, qs, grads[5:])
     assert_close(ps, qs)
 
 @each_impl
@@ -283,25 +261,9 @@ def test_flags_of_torch_are_refused(flag, what):
     torch_opt.param_groups[0][flag] = True
     with pytest.raises(ValueError, match=rf'param_groups\[0\] has {flag}=True.*{what}'): from_torch(torch_opt)
 
-@pytest.mark.skipif('maximize' not in torch.optim.NAdam([torch.ones(1)]).defaults,
-    reason='this PyTorch has no maximize')
-def test_maximize_the_advice_works():
-    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    theirs, torch_opt = (torch.optim.NAdam([o], maximize=True) for o in (p, q))
-    grads = new_grads([p], 10)
-    train(theirs, [p], grads)
-    train(torch_opt, [q], grads[:5])
-    torch_opt.param_groups[0]['maximize'] = False
-    train(from_torch(torch_opt), [q], [[-g for g in gs] for gs in grads[5:]])
-    assert_close([p], [q])
-
 def test_amsgrad_is_refused():
     with pytest.raises(ValueError, match='amsgrad=True.*exp_avg_sq'):
         from_adam(torch.optim.AdamW([nn.Parameter(torch.ones(3))], amsgrad=True))
-
-def test_complex_parameters_are_refused():
-    with pytest.raises(ValueError, match='complex'):
-        from_torch(torch.optim.NAdam([nn.Parameter(torch.ones(3, dtype=torch.complex64))]))
 
 def test_two_kinds_of_weight_decay_are_refused():
     a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))

@@ -167,10 +167,15 @@ def _open_folder(folder):
     if 'fcntl' in globals(): return os.open(folder, os.O_RDONLY)
     return os.open(folder/'.lock', os.O_RDWR | os.O_CREAT | os.O_TEMPORARY) # Windows deletes it when it is closed
 
-def _lock(fd):
-    "Lock what is open. Raises a `BlockingIOError` or a `PermissionError` if another process has locked it"
-    if 'fcntl' in globals(): fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else: msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+def _lock(fd, path):
+    "Lock what is open. Raises a `ValueError` if another process has locked it"
+    try:
+        if 'fcntl' in globals(): fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else: msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another run is at work in {str(path)!r}: "
+            "wait until it has ended, or take another folder") from None
+    except OSError: pass # a file system that has no locks
 
 def _check_files(folder):
     for o in folder.iterdir():
@@ -185,11 +190,7 @@ def lock_folder(path:str|Path):
     fd = _open_folder(folder)
     _locked.add(fd)
     try:
-        try: _lock(fd)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"another run is at work in {str(path)!r}: "
-                "wait until it has ended, or take another folder") from None
-        except OSError: pass # a file system that has no locks
+        _lock(fd, path)
         _check_files(folder)
         yield
     finally:

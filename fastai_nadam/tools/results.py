@@ -249,12 +249,13 @@ def _estimate(self, opt, base, log):
     tables = [_tables(self, o, trials=False, log=log) for o in (opt, base) if o]
     seeds = tables[0][0].index.intersection(tables[-1][0].index)
     if not (n := len(seeds)): return math.nan, math.nan, 0
+    def compared(both): return both[0] - both[1] if base else both[0]
     if all(judge.shape[1] == 1 for _,judge in tables): # nothing was chosen
-        x = np.subtract.reduce([judge.loc[seeds].iloc[:,0].to_numpy() for _,judge in tables])
+        x = compared([judge.loc[seeds].iloc[:,0].to_numpy() for _,judge in tables])
         return self.sign*x.mean(), standard_error(x), n
     draws = np.random.default_rng(0).multinomial(n, [1/n]*n, 4000)/n
-    found = (corrected(*(t.loc[seeds].to_numpy() for t in pair), draws) for pair in tables)
-    mean, boots, x = map(np.subtract.reduce, zip(*found)) # a single one stays as it is
+    found = [corrected(*(t.loc[seeds].to_numpy() for t in pair), draws) for pair in tables]
+    mean, boots, x = map(compared, zip(*found))
     return self.sign*mean, standard_error(x, boots), n
 
 @patch

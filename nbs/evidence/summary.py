@@ -17,14 +17,12 @@ folders = dict(short=['short', 'short-1', 'short-2', 'short-3'], middle=['middle
 @cache
 def ends(folder): return finals(load(folder))
 
-def trial_points(folder):
-    "The points that a search tried: mean losses over the seeds of its trials"
-    f = ends(folder)
-    return f[f.seed < 100].groupby(['task', 'opt', *point])[['tune', 'test']].mean()
-
 @cache
-def points(length): # of the four searches, a column with the distance of the momentum from 1
-    return pd.concat(map(trial_points, folders[length])).reset_index(point).assign(x=lambda d: 1 - d.mom).sort_index()
+def points(length):
+    "The points of all searches: mean losses over the seeds of their trials, and the distance `x` of the momentum from 1"
+    trials = pd.concat([ends(o).query('seed < 100') for o in folders[length]])
+    means = trials.groupby(['task', 'opt', *point])[['tune', 'test']].mean()
+    return means.reset_index(point).assign(x=lambda d: 1 - d.mom)
 
 @cache
 def searched(length): return [effects(ends(o)) for o in folders[length]]
