@@ -113,6 +113,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_nadam/multi_tensor.py'),
                                            'fastai_nadam.multi_tensor.fused_step': ( 'multi_tensor.html#fused_step',
                                                                                      'fastai_nadam/multi_tensor.py'),
+                                           'fastai_nadam.multi_tensor.held_rows': ( 'multi_tensor.html#held_rows',
+                                                                                    'fastai_nadam/multi_tensor.py'),
                                            'fastai_nadam.multi_tensor.increment_versions': ( 'multi_tensor.html#increment_versions',
                                                                                              'fastai_nadam/multi_tensor.py'),
                                            'fastai_nadam.multi_tensor.kernel_rows': ( 'multi_tensor.html#kernel_rows',

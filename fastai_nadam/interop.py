@@ -55,12 +55,13 @@ def _torch_groups(opt):
         hyper = {k: check_hyper(k, v) for k,v in hyper.items()}
         torch_hyper = {k: hyper[fastai_name(k)] for k in _hypers if fastai_name(k) in hyper}
         torch_hyper['betas'] = hyper['mom'], hyper['sqr_mom']
-        exempt = [p for p in pg if not opt.state[p].get('do_wd', True)]
-        decayed = [p for p in pg if opt.state[p].get('do_wd', True)]
+        states = {p: opt.state.get(p, {}) for p in pg}
+        exempt = [p for p,s in states.items() if not s.get('do_wd', True)]
+        decayed = [p for p,s in states.items() if s.get('do_wd', True)]
         for ps,wd in ((decayed, hyper['wd']), (exempt, 0.)):
             is_empty_group = not pg and ps is decayed # which stays
             if not (ps or is_empty_group): continue
-            flags = [{'index': index[p], **_kept_flags(opt, opt.state[p])} for p in ps]
+            flags = [{'index': index[p], **_kept_flags(opt, states[p])} for p in ps]
             entry = dict(group=i, wd=hyper['wd'], params=flags)
             yield {**torch_hyper, 'params': ps, 'weight_decay': wd, 'fastai': entry}
 
@@ -74,7 +75,7 @@ def to_torch(
         "load opt.state_dict() into a DozatNAdam over the same parameters and move that one")
     _check_frozen(p for pg in opt.param_lists for p in pg)
     state = {p: _torch_state(p, opt.state[p], check_hyper('sqr_mom', h['sqr_mom']))
-        for pg,h in zip(opt.param_lists, opt.hypers) for p in pg if 'step' in opt.state[p]}
+        for pg,h in zip(opt.param_lists, opt.hypers) for p in pg if 'step' in opt.state.get(p, {})}
     torch_opt = torch.optim.NAdam([*_torch_groups(opt)], decoupled_weight_decay=opt.decouple_wd)
     torch_opt.state.update(state)
     return torch_opt

@@ -54,7 +54,7 @@ def _pack(addresses, lens):
 def kernel_rows(
     ps:list, gs:list, ms:list, vs:list # Parameters, gradients, `grad_avg` and `sqr_avg`, as `kernel_tensors` gives them
 ) -> Rows:
-    "Rows of lists of tensors that share a dtype and do not overlap"
+    "Rows of lists of tensors that share a dtype and do not overlap. No other thread may change them meanwhile"
     ts = [*ps, *gs, *ms, *vs]
     rows = _pack([t.data_ptr() for t in ts], [p.numel() for p in ps])
     return Rows(rows, ps[0].dtype == torch.float64, [t.untyped_storage() for t in ts])
@@ -303,12 +303,11 @@ def _are_apart(rows, element_size):
     spans = sorted((at, at + n*element_size) for k in range(4) for at,n in zip(rows[k::5], rows[4::5]) if n)
     return all(end <= start for (_,end),(start,_) in pairwise(spans))
 
-def ordinary_rows(
+def held_rows(
     ps:list, gs:list, ms:list, vs:list # Parameters, gradients, `grad_avg` and `sqr_avg`
-) -> Rows|None: # None: have a closer look at each
-    "Rows of tensors that all have one dtype and device, lie like the others of their row, and do not overlap"
+) -> Rows|None: # None: a tensor is out of the ordinary
+    "Rows of tensors that all have one dtype and device, lie like the others of their row, and in memory that is held"
     ts = [*ps, *gs, *ms, *vs]
-    if not {*map(type, ts)} <= _plain_tensors: return
     try:
         if any(map(Tensor.is_neg, ts)): return
         storages = [*map(Tensor.untyped_storage, ts)]
@@ -316,5 +315,12 @@ def ordinary_rows(
     except RuntimeError: return # a sparse tensor has no storage
     rows = _kernel.rows(exchange_api, ts, starts, sizes) if _kernel and exchange_api else None
     rows = rows or read_rows(ts, starts, sizes)
-    if rows is not None and _are_apart(rows, ps[0].element_size()):
-        return Rows(rows, ps[0].dtype == torch.float64, storages)
+    if rows is not None: return Rows(rows, ps[0].dtype == torch.float64, storages)
+
+def ordinary_rows(
+    *lists # As in `held_rows`
+) -> Rows|None: # None: have a closer look at each
+    "As `held_rows`, of tensors that do not overlap, and belong to none of the subclasses of `Tensor`"
+    if not all({*map(type, ts)} <= _plain_tensors for ts in lists): return
+    rows = held_rows(*lists)
+    if rows and _are_apart(rows.bytes, lists[0][0].element_size()): return rows

@@ -22,7 +22,7 @@ from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
 from .checks import check_hyper, check_number, flag, flag_or_none
 from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
-from .multi_tensor import (avgs, check_tensors, cut_blocks, increment_versions, kernel_rows, kernel_step,
+from .multi_tensor import (avgs, check_tensors, cut_blocks, held_rows, increment_versions, kernel_step,
     kernel_tensors, local, ordinary_rows, overlapping, pick_impl)
 from .steppers import nadam_step
 
@@ -292,7 +292,9 @@ def _step_batch(self:NAdamOptimizer, batch, rows, hyper, *lists):
     increment_versions(tensors[0])
     if rows is None: tensors = [[local(t) for t in ts] for ts in tensors]
     if batch.impl is kernel_step:
-        return kernel_step(rows.take(batch.idxs) if rows else kernel_rows(*tensors), **args, states=states, new=new)
+        rows = rows.take(batch.idxs) if rows else held_rows(*tensors)
+        if not rows: raise RuntimeError("another thread has changed a tensor during the step")
+        return kernel_step(rows, **args, states=states, new=new)
     for js,blocks in cut_blocks(*tensors):
         with self._together([lists[0][j] for j in js], new) as begin:
             if blocks: batch.impl(blocks, **args, begin=begin)
@@ -313,9 +315,10 @@ def zero_grad(self:NAdamOptimizer):
 # %% ../nbs/03_optimizer.ipynb #33sf
 @patch
 def state_dict(self:NAdamOptimizer):
-    "State and hypers in plain types. They are live: a later step changes them; `deepcopy` them to keep them"
+    "State and hypers in plain types, live where there is state: a later step changes them; `deepcopy` keeps them"
     def read(d): return d if is_plain(d) else plain(d) # a copy where someone has put other types in
-    return {'state': [read(self.state[p]) for pg in self.param_lists for p in pg], 'hypers': [*map(read, self.hypers)]}
+    state = [self.state.get(p, {}) for pg in self.param_lists for p in pg]
+    return {'state': [*map(read, state)], 'hypers': [*map(read, self.hypers)]}
 
 # %% ../nbs/03_optimizer.ipynb #36ae
 def _check_state(i, p, state, hyper, rule):

@@ -179,6 +179,15 @@ def test_a_hard_link_is_replaced(where, tmp_path):
     save_json(dict(a=1), file)
     assert victim.read_text() == 'precious' and json.loads(file.read_text()) == dict(a=1)
 
+def test_a_link_that_is_made_in_between(tmp_path, monkeypatch):
+    "After it was looked for, and before the file is opened"
+    victim = tmp_path/'victim'
+    victim.write_text('precious')
+    monkeypatch.setattr(module.Path, 'unlink', lambda file, **kwargs: file.symlink_to(victim))
+    with pytest.raises(OSError, match="^cannot write '.*/a.json': File exists$"):
+        save_json(dict(a=1), tmp_path/'a.json')
+    assert victim.read_text() == 'precious'
+
 @pytest.mark.parametrize('where', ['{}', '.{}.part'])
 def test_a_folder_in_the_way(where, tmp_path):
     made_by('folder', tmp_path/where.format('a.json'), None)
