@@ -1,11 +1,12 @@
 "Every implementation gives the same parameters and the same state as the steppers, whatever happens between two steps"
-import gc, pickle, random, subprocess, sys
+import gc, itertools, pickle, random, subprocess, sys
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from weakref import ref
 
 import pytest, torch
+from fastcore.docments import docments
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
@@ -248,6 +249,17 @@ def test_change_of_impl(impl):
     set_both(ps, qs)
     c.step(); b.step()
     assert_same(c, b)
+
+@pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam])
+def test_what_the_arguments_say(opt_func):
+    "One of the two False and the other not True gives the steppers, as in `torch.optim`; the words say so"
+    doc = docments(opt_func)
+    assert doc['foreach'] == 'Use foreach functions? Both None: the fastest that the tensors allow'
+    assert doc['fused'] == 'Use a fused kernel? One of the two False and the other not True: the steppers'
+    for foreach,fused in itertools.product((None, True, False), repeat=2):
+        try: impl = opt_func([torch.zeros(2)], 0.1, foreach=foreach, fused=fused).impl
+        except ValueError: continue # no fused kernel in an older PyTorch
+        assert (impl == 'steppers') == (False in (foreach, fused) and True not in (foreach, fused))
 
 @needs_kernel
 def test_what_foreach_and_fused_mean(without_kernel):

@@ -542,12 +542,22 @@ def step_while_replaced(kernel, mixed):
     t.start()
     while t.is_alive(): opt.step()
 
-@pytest.mark.parametrize('mixed', [False, True])
-@pytest.mark.parametrize('kernel', [True, False])
+@pytest.mark.parametrize('kernel,mixed', [(True, False), (True, True), (False, False)])
 def test_a_thread_that_replaces_tensors(kernel, mixed):
     "What is stepped is held, also of parameters of two dtypes. Large tensors are gone at once when they are freed"
     p = Forked(step_while_replaced, kernel, mixed)
     assert p.ended() == 0, p.err
+
+def test_a_tensor_that_is_replaced_while_it_is_looked_at(without_exchange, monkeypatch):
+    "Also of parameters of two dtypes, addresses are read when the memory is held, and lie in it"
+    opt = warm([nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3).double())], {})
+    if opt.impl != 'kernel': pytest.skip('the kernel in C was not built with OpenMP')
+    read = multi_tensor.read_rows
+    def replaced(ts, *args):
+        if len(ts) == 4: ts[0].data = ts[0].data.clone() # of one parameter
+        return read(ts, *args)
+    monkeypatch.setattr(multi_tensor, 'read_rows', replaced)
+    with pytest.raises(RuntimeError, match='another thread has changed a tensor'): opt.step()
 
 # Memory that is not what it was
 
