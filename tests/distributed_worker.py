@@ -14,7 +14,7 @@ def model():
     # seven rows for two ranks, and a bias of one element
     return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1))
 
-def grads(m, x, i):
+def grads(m, i):
     for p in m.parameters(): p.grad = None
     gen = torch.Generator().manual_seed(i)
     m(torch.randn(16, 5, generator=gen)).pow(2).mean().backward()
@@ -41,7 +41,7 @@ def shard(folder):
             def train(opt, m, n=5):
                 for i in range(n):
                     opt.set_hypers(mom=0.85+0.02*i)
-                    grads(m, None, i)
+                    grads(m, i)
                     opt.step()
             train(opt, m); train(ref, whole)
             def check():
@@ -56,7 +56,7 @@ def shard(folder):
             opt = new(m, **path)
             for p in m.parameters():  # dcp loads into tensors that are there: start the state before loading
                 opt.state[p].update(grad_avg=torch.zeros_like(p.data), sqr_avg=torch.zeros_like(p.data), step=0)
-            grads(m, None, 0)
+            grads(m, 0)
             opt.step()
             sd = {'model': m.state_dict(), 'opt': opt.state_dict()}
             dcp.load(sd, checkpoint_id=f'{folder}/{name}')

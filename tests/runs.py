@@ -94,11 +94,8 @@ class Stop(Callback):
     def after_batch(self):
         if self.epoch == self.at: raise self.error
 
-@pytest.fixture
-def stop(monkeypatch):
-    "A function that runs `main`, which is stopped"
-    def f(error, args, at=1):
-        with monkeypatch.context() as m:
-            m.setattr(room, 'new_learner', lambda *args: new_learner(*args).add_cb(Stop(error, at)))
-            return main(args)
-    return f
+def stop(error, args, at=1):
+    "Run `main`, which is stopped"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(room, 'new_learner', lambda *args: new_learner(*args).add_cb(Stop(error, at)))
+        return main(args)

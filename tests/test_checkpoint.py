@@ -6,8 +6,8 @@ import pytest, torch
 from fastai.vision.all import Learner, Path
 
 from fastai_nadam.tools import checkpoint as room, train as train_room
-from fastai_nadam.tools.checkpoint import Checkpoint, run_folder
-from fastai_nadam.tools.train import main, new_learner, train
+from fastai_nadam.tools.checkpoint import Checkpoint, read_checkpoint, run_folder
+from fastai_nadam.tools.train import main, train
 from runs import Forked, Stop, argv, folder, here, names, refused, same_run, stop, tiny
 
 @pytest.fixture(scope='module')
@@ -23,39 +23,28 @@ stops = pytest.mark.parametrize('error,code', [(KeyboardInterrupt(), 130), (OSEr
     (BrokenPipeError(32, 'Broken pipe'), 141)])
 
 @stops
-def test_stopped_before_the_first_checkpoint(error, code, tiny, tmp_path, capfd, stop):
+def test_stopped_before_the_first_checkpoint(error, code, tiny, tmp_path, capfd):
     (tmp_path/'empty').mkdir()
     for out in ('a/b/new', 'empty'): assert stop(error, argv(**tiny, out=out), at=None) == code
     assert names(tmp_path) == ['empty'] and not names(tmp_path/'empty')
     assert capfd.readouterr().err.count('\n') == (0 if code == 141 else 2)
 
-@pytest.mark.parametrize('at', [0, 1])
 @stops
-def test_stopped_after_it(error, code, at, tiny, whole, tmp_path, capfd, stop):
-    assert stop(error, argv(**tiny, seed=7, out='my run'), at) == code
+def test_stopped_after_it(error, code, tiny, whole, tmp_path, capfd):
+    assert stop(error, argv(**tiny, seed=7, out='my run')) == code
     assert names(tmp_path/'my run') == ['args.json', 'checkpoint.pth', 'history.csv']
     out, err = capfd.readouterr()
     assert code == 141 or (out.endswith("nadam-train --resume 'my run'\n") and err.count('\n') == 1)
     assert main(['--resume', 'my run']) == 0
     same_run(tmp_path/'my run', whole)
     out = capfd.readouterr().out
-    assert code == 141 or f'resumes after {at} of 2 epochs' in out and out.count('\n0  ') == out.count('\n1  ') == 1
+    assert code == 141 or 'resumes after 1 of 2 epochs' in out and out.count('\n0  ') == out.count('\n1  ') == 1
 
-def test_stopped_in_the_only_epoch(tiny, tmp_path, stop):
-    args = argv(**{**tiny, 'epochs': 1})
-    assert stop(KeyboardInterrupt(), [*args, '--out=part'], at=0) == 130
-    assert main(['--resume', 'part']) == main([*args, '--out=whole']) == 0
-    same_run(tmp_path/'part', tmp_path/'whole')
-
-def test_stopped_again_and_again(tiny, whole, tmp_path, stop):
+def test_stopped_again_and_again(tiny, whole, tmp_path):
     assert stop(KeyboardInterrupt(), argv(**tiny, seed=7, out='out'), at=0) == 130
     for at in (None, 0, 1, 1): assert stop(KeyboardInterrupt(), ['--resume=out'], at) == 130
     assert main(['--resume', 'out']) == 0
     same_run(tmp_path/'out', whole)
-
-def test_bug_is_not_hidden(tiny, tmp_path, stop):
-    with pytest.raises(RuntimeError, match='bug'): stop(RuntimeError('bug'), argv(**tiny), at=None)
-    assert not names(tmp_path)
 
 @pytest.fixture
 def training(tiny, tmp_path):
@@ -65,15 +54,10 @@ def training(tiny, tmp_path):
     yield p
     p.ended(0)
 
-def test_ctrl_c(training, tmp_path):
-    training.send_signal(signal.SIGINT)
-    assert training.ended() == 130 and training.err == 'nadam-train: interrupted\n'
-    assert training.out.rstrip().endswith('nadam-train --resume out') and (tmp_path/'out'/'checkpoint.pth').exists()
-
 # What is deleted, and by whom
 
 def test_one_run_at_a_time_in_a_folder(training, tiny, tmp_path, capsys):
-    "Ctrl-Z after an epoch; another process wants the folder; fg and Ctrl-C"
+    "Ctrl-Z after an epoch; another process wants the folder; fg, and Ctrl-C, after which the run can be resumed"
     training.send_signal(signal.SIGSTOP)
     before = {f: f.read_bytes() for f in (tmp_path/'out').iterdir()}
     for args in (['--resume=out'], argv(**tiny, out='out')):
@@ -81,7 +65,8 @@ def test_one_run_at_a_time_in_a_folder(training, tiny, tmp_path, capsys):
         assert capsys.readouterr().out == ''  # no advice about the other's run
     assert {f: f.read_bytes() for f in (tmp_path/'out').iterdir()} == before
     for s in (signal.SIGCONT, signal.SIGINT): training.send_signal(s)
-    assert training.ended() == 130, training.err
+    assert training.ended() == 130 and training.err == 'nadam-train: interrupted\n'
+    assert training.out.rstrip().endswith('nadam-train --resume out')
     assert names(tmp_path/'out') == ['args.json', 'checkpoint.pth', 'history.csv']
 
 def resumed_elsewhere(path):
@@ -101,7 +86,7 @@ def test_a_run_deletes_only_what_it_wrote(event, left, tmp_path):
     assert names(tmp_path/'a'/'out') == left
 
 @pytest.mark.parametrize('rc', [0, 130])
-def test_fg_after_the_run_has_ended_elsewhere(rc, tiny, tmp_path, monkeypatch, stop):
+def test_fg_after_the_run_has_ended_elsewhere(rc, tiny, tmp_path, monkeypatch):
     "With a lock that keeps nobody out: finished results stay, whatever the first process does next"
     monkeypatch.setattr(room, 'lock_folder', lambda path: room.suppress())
     after_epoch = Checkpoint.after_epoch
@@ -168,9 +153,8 @@ def test_killed_before_the_first_checkpoint(whole, tmp_path, capsys):
     same_run(tmp_path/'out', whole)
     assert 'resumes after 0 of 2 epochs' in capsys.readouterr().out
 
-@pytest.mark.parametrize('opt', ['NAdam', 'Adam'])
-def test_channels_last(opt, tiny, tmp_path, stop):
-    args = argv('--channels_last', **tiny, opt=opt)
+def test_channels_last(tiny, tmp_path):
+    args = argv('--channels_last', **tiny)
     assert main([*args, '--out=whole']) == 0 and stop(KeyboardInterrupt(), [*args, '--out=part']) == 130
     learn = train(resume='part')
     same_run(tmp_path/'part', tmp_path/'whole')  # strides too
@@ -195,11 +179,19 @@ def test_in_any_learner(tmp_path):
     assert torch.equal(whole.model.weight, resumed.model.weight) and whole.recorder.values == resumed.recorder.values
     assert whole.recorder.iters == resumed.recorder.iters and whole.recorder.lrs == resumed.recorder.lrs
 
+@pytest.fixture(scope='module')
+def stopped_once(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp('once')/'out'
+    assert stop(KeyboardInterrupt(), argv(**tiny, seed=7, out=path)) == 130
+    return path
+
 @pytest.fixture
-def stopped(tiny, tmp_path, stop):
+def stopped(stopped_once, tmp_path):
     "A folder with the checkpoint of a run that was stopped"
-    assert stop(KeyboardInterrupt(), argv(**tiny, out='stopped')) == 130
-    return tmp_path/'stopped'
+    return Path(shutil.copytree(stopped_once, tmp_path/'stopped'))
+
+@pytest.fixture
+def no_training(monkeypatch): monkeypatch.setattr(Learner, '_do_fit', lambda *a, **k: pytest.fail('it trains'))
 
 class Evil:
     def __reduce__(self): return exec, ("open('evil', 'w')",)
@@ -213,16 +205,11 @@ def other_args(file, **changed):
 
 @pytest.mark.parametrize('damage,message', [
     (lambda f: f.write_bytes(f.read_bytes()[:random.randrange(f.stat().st_size)]), 'is damaged, or no checkpoint'),
-    (lambda f: f.write_bytes(b''), 'is damaged, or no checkpoint'),
     (lambda f: torch.save({'model': {}}, f), 'is damaged, or no checkpoint'),
-    (lambda f: torch.save([1], f), 'is damaged, or no checkpoint'),
     (lambda f: torch.save(Evil(), f), 'is damaged, or no checkpoint'),
-    (lambda f: rewrite(f, format=0), 'its format is 0'), (lambda f: rewrite(f, rng=[{}]), 'does not fit'),
+    (lambda f: rewrite(f, format=0), 'its format is 0'),
     (lambda f: rewrite(f, rng=[{}]*3),
         'trained by 3 processes, now 1: start torchrun --nproc_per_node 3 -m fastai_nadam.tools.train'),
-    (lambda f: rewrite(f, opt={'hypers': [], 'state': []}), 'does not fit'),
-    (lambda f: rewrite(f, losses=3), 'does not fit'),
-    (lambda f: rewrite(f, model={}), 'does not fit'),
     (lambda f: rewrite(f, data=[9, 9, 'a', 'b']),
         'the data has changed: 16 training and 8 validation items in 2 classes, it was 9'),
     (partial(other_args, arch='squeezenet1_0'), 'does not fit'),
@@ -230,11 +217,8 @@ def other_args(file, **changed):
     (lambda f: f.with_name('args.json').write_text('{'), 'is no args.json of a run'),
     (partial(other_args, epochs=1), 'rows has 1 epochs, the run is of 1'),
     (partial(other_args, lr=None), "resume: 'stopped/args.json' is no args.json of a run: args.lr must be"),
-    (partial(other_args, num_workers=10**6), 'args.num_workers must be at most 256'),
-    (lambda f: f.with_name('args.json').write_text('['*100_000), 'nested too deeply'),
     (lambda f: f.with_name('args.json').unlink(), "resume: no such file: 'stopped/args.json'")])
-def test_resume_refused(damage, message, stopped, capsys, monkeypatch):
-    monkeypatch.setattr(Learner, '_do_fit', lambda *a, **k: pytest.fail('it trains'))
+def test_resume_refused(damage, message, stopped, capsys, no_training):
     damage(stopped/'checkpoint.pth')
     before = {f: f.read_bytes() for f in stopped.iterdir()}
     capsys.readouterr()
@@ -283,8 +267,9 @@ def forged(state):
         format=[None, 0, 2, '1', 1.5, [], {}, torch.zeros(2)])
 
 @pytest.mark.parametrize('opt', ['NAdam', 'ranger'])
-def test_every_entry_of_a_checkpoint_is_checked(opt, tiny, tmp_path, stop, capsys, monkeypatch):
-    "Left out, or of another type, value, length or nesting: one line names file and entry, and nothing is trained"
+def test_every_entry_of_a_checkpoint_is_checked(opt, tiny, tmp_path, capsys, monkeypatch):
+    """Left out, or of another type, value, length or nesting: one line names file and entry, and nothing is trained.
+    What reading refuses is not tried with the command again, but for entries that are left out"""
     assert stop(KeyboardInterrupt(), argv(**tiny, opt=opt, out='stopped')) == 130
     monkeypatch.setattr(Learner, '_do_fit', lambda *a, **k: pytest.fail('it trains'))
     monkeypatch.setattr(train_room, 'check_images', lambda files: None) # they are always the same
@@ -292,58 +277,49 @@ def test_every_entry_of_a_checkpoint_is_checked(opt, tiny, tmp_path, stop, capsy
     state = torch.load(file, weights_only=True)
     bad = forged(state)
     assert {*bad} == {*state}
-    def refused_with(changed, k, v):
+    def check_message(k, v, err): assert 'stopped/checkpoint.pth' in err and k in err and len(err) < 600, (k, v, err)
+    def refused_with(changed, k, v, by_command=True):
         torch.save(changed, file)
+        if not by_command:
+            try: read_checkpoint(file)
+            except ValueError as e: return check_message(k, v, str(e))
         capsys.readouterr()
         assert main(['--resume', 'stopped']) == 2, (k, v)
         out, err = capsys.readouterr()
-        assert err.count('\n') == 1 and 'stopped/checkpoint.pth' in err and k in err and len(err) < 600, (k, v, err)
+        check_message(k, v, err)
+        assert err.count('\n') == 1
         assert not [o for o in ('to resume', 'resumes after', 'accuracy') if o in out], (k, v, out)
     for k in state:
         refused_with({o: v for o,v in state.items() if o != k}, k, 'left out')
         # all of them for one optimizer, a few for the other
         some = bad[k] if opt == 'NAdam' else random.sample(bad[k], min(3, len(bad[k])))
-        for v in some: refused_with({**state, k: v}, k, v)
+        for v in some: refused_with({**state, k: v}, k, v, by_command=False)
     refused_with({**state, 'more': 1}, 'more', 'added')
-
-written = ['args.json', 'checkpoint.pth', 'history.csv', 'history.png', 'model.pth']
-written += [f'.{o}.part' for o in written]
 
 @pytest.mark.parametrize('make', [os.mkfifo, lambda f: f.symlink_to('/dev/zero'), lambda f: f.symlink_to(f),
     lambda f: f.symlink_to('../victim')], ids=['pipe', 'endless', 'link to itself', 'link'])
-@pytest.mark.parametrize('name', [*written, 'lr_find.png', '.lock', 'anything'])
-def test_resume_in_a_hostile_folder(name, make, stopped_copy, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize('name', ['checkpoint.pth', '.history.csv.part', 'anything'])
+def test_resume_in_a_hostile_folder(name, make, stopped, tmp_path, capsys, no_training):
     "A link or a pipe in place of any file: one line, nothing is trained, and nothing outside has changed"
-    monkeypatch.setattr(Learner, '_do_fit', lambda *a, **k: pytest.fail('it trains'))
     (tmp_path/'victim').write_text('precious')
-    (stopped_copy/name).unlink(missing_ok=True)
-    make(stopped_copy/name)
-    assert f'copy/{name}' in refused(capsys, ['--resume', str(stopped_copy)])
+    (stopped/name).unlink(missing_ok=True)
+    make(stopped/name)
+    assert f'stopped/{name}' in refused(capsys, ['--resume', 'stopped'])
     assert (tmp_path/'victim').read_text() == 'precious'
 
-@pytest.mark.parametrize('name', ['history.csv', 'checkpoint.pth', '.history.png.part', 'model.pth'])
-def test_nothing_is_written_through_a_hard_link(name, stopped_copy, whole, tmp_path):
-    place, victim = stopped_copy/name, tmp_path/'victim'
-    if place.exists(): place.rename(victim)
-    else: victim.write_bytes(b'precious')
-    before = victim.read_bytes()
-    os.link(victim, place)
-    assert main(['--resume', str(stopped_copy)]) == 0
-    assert victim.read_bytes() == before
-    same_run(stopped_copy, whole)
-
-@pytest.fixture(scope='module')
-def stopped_once(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp('once')/'out'
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(train_room, 'new_learner', lambda *args: new_learner(*args).add_cb(Stop(KeyboardInterrupt(), 1)))
-        assert main(argv(**tiny, seed=7, out=path)) == 130
-    return path
-
-@pytest.fixture
-def stopped_copy(stopped_once, tmp_path):
-    shutil.copytree(stopped_once, tmp_path/'copy')
-    return tmp_path/'copy'
+def test_nothing_is_written_through_a_hard_link(stopped, whole, tmp_path):
+    "In place of each file that a resumed run writes or deletes, and of each that it begins to write"
+    written = ['history.csv', 'history.png', 'model.pth']
+    places = ['checkpoint.pth', *written, *(f'.{o}.part' for o in written)]
+    victims = {name: tmp_path/f'victim {name}' for name in places}
+    for name,victim in victims.items():
+        if (stopped/name).exists(): (stopped/name).rename(victim)
+        else: victim.write_bytes(b'precious')
+        os.link(victim, stopped/name)
+    before = {o: o.read_bytes() for o in victims.values()}
+    assert main(['--resume', 'stopped']) == 0
+    assert {o: o.read_bytes() for o in before} == before
+    same_run(stopped, whole)
 
 @pytest.mark.parametrize('args,message', [
     ('--resume nowhere', "resume: no such folder: 'nowhere'"),

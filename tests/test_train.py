@@ -1,5 +1,5 @@
 "nadam-train: what it takes and what comes out"
-import inspect, json, math, os, re, subprocess, sys
+import inspect, json, math, os, re
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
@@ -10,7 +10,7 @@ from fastai_nadam.tools.checkpoint import read_args
 from fastai_nadam.tools.data import list_images
 from fastai_nadam.tools.train import archs, check_model, main, new_config, new_learner, opt_funcs, options, train
 from helpers import same
-from runs import Forked, argv, folder, here, history, names, refused, tiny, weights
+from runs import Forked, argv, folder, here, history, names, refused, stop, tiny, weights
 
 # What comes out
 
@@ -80,8 +80,16 @@ def test_args_of_other_versions(run, tmp_path, capsys):
     assert read_args(tmp_path/'old.json') == saved['args']
     assert 'was made with torch 1.0: the numbers may differ' in capsys.readouterr().out
 
-def test_find_lr(tiny, tmp_path, capsys):
+def test_find_lr(tiny, folder, tmp_path, capsys, monkeypatch):
+    "A run with the rate that it suggests. The folder is listed once"
+    scandir, seen = os.scandir, []
+    def noted(path='.'):
+        if not isinstance(path, int): seen.append(Path(path))
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', noted)
     assert main(argv('--find_lr', **tiny, out='found')) == 0
+    seen = [p for p in seen if folder in p.parents]
+    assert sorted(seen) == sorted({*seen}) and {folder/'train', folder/'val'} < {*seen}
     saved = json.loads((tmp_path/'found'/'args.json').read_text())['args']
     assert saved['lr'] != 1e-3 and 1e-7 < saved['lr'] < 10
     assert f"lr_find suggests a learning rate of {saved['lr']:.3g}" in capsys.readouterr().out
@@ -110,7 +118,7 @@ def test_hypers_reach_every_optimizer(opt, tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize('moms,want', [(None, (.95, .85, .95)), ('.8, .6,.7', (.8, .6, .7)),
     ((.5, .4, .3), (.5, .4, .3)), (.9, (.9,)*3)])
 def test_momentum_follows_the_cycle(moms, want, tiny):
-    learn = train(**{**tiny, 'bs': 2}, moms=moms)
+    learn = train(**{**tiny, 'bs': 2, 'epochs': 1}, moms=moms)
     seen = learn.recorder.hps['mom']
     assert (seen[0], min(seen), seen[-1]) == pytest.approx((want[0], min(want), want[2]), abs=0.01)
     assert json.loads((learn.path/'args.json').read_text())['args']['moms'] == (None if moms is None else list(want))
@@ -119,23 +127,9 @@ def test_momentum_follows_the_cycle(moms, want, tiny):
 def test_the_implementation_is_told(tiny, monkeypatch, capsys):
     monkeypatch.setitem(opt_funcs, 'NAdam', room.partial(opt_funcs['NAdam'], foreach=False, fused=False))
     for opt,impl in (('NAdam', ', impl steppers'), ('Adam', '')):
-        assert main(argv(**{**tiny, 'epochs': 1}, opt=opt)) == 0
+        assert stop(KeyboardInterrupt(), argv(**tiny, opt=opt), at=None) == 130
         line = capsys.readouterr().out.splitlines()[2]
         assert re.fullmatch(rf'optimizer  {opt}, eps .*, sqr_mom 0.99, wd 0.01{impl}', line), line
-
-def test_the_folder_is_listed_once(tiny, folder, monkeypatch):
-    scandir, seen = os.scandir, []
-    def noted(path='.'):
-        if not isinstance(path, int): seen.append(Path(path))
-        return scandir(path)
-    monkeypatch.setattr(os, 'scandir', noted)
-    train(**{**tiny, 'epochs': 1}, find_lr=True)
-    seen = [p for p in seen if folder in p.parents]
-    assert sorted(seen) == sorted({*seen}) and {folder/'train', folder/'val'} < {*seen}
-
-def test_from_python(tiny, tmp_path):
-    learn = train(**{**tiny, 'epochs': 1}, lr=1e-3, find_lr=False, fp16=False, out='here')
-    assert isinstance(learn, Learner) and learn.path == Path('here') and (learn.path/'model.pth').exists()
 
 def test_article():
     want = dict(data='imagenette', arch='xresnet34', opt='NAdam', epochs=10, lr=1e-3, bs=64, size=224, eps=1e-8,
@@ -153,20 +147,17 @@ def test_article():
     ('--opt adam', "got 'adam'; did you mean Adam?"), ('--opt sgd', "got 'sgd'"),
     ('--arch xresnet35', "xresnet34, "),
     ('--num_workers 1000000', 'num_workers must be at most 256, got 1000000'),
-    ('--seed 4294967296', 'seed must be at most'),
     ('--arch alexnet --size 8', 'alexnet cannot train on batches of 64 images of 8 x 8 pixels'),
     ('--arch googlenet --size 224', 'googlenet cannot train on'),
     ('--arch xsenet154', 'xsenet154 cannot train on'),
     ('--size 0', 'size must be a whole number from 1, got 0'),
-    ('--size 2.5', "argument --size: invalid int value: '2.5'"),
     ('--bs 0', 'bs must be a whole number from 1, got 0'),
     ('--bs 1', 'batches of 1 images'),
     ('--data {folder} --arch squeezenet1_1 --size 24 --num_workers 0',
         'bs must be at most the number of training images, 16, got 64'),
-    ('--epochs 0', 'epochs must be'), ('--epochs -1', 'epochs must be'), ('--seed -1', 'seed must be'),
-    ('--seed 18446744073709551616', 'seed must be'), ('--num_workers -1', 'num_workers must be'),
-    ('--lr -0.1', 'lr must be a finite number'), ('--lr nan', 'lr must be a finite number'), ('--lr inf', 'lr must be'),
-    ('--wd -1', 'wd must be'), ('--eps -1', 'eps must be'), ('--moms 1', "moms must be numbers in [0, 1), got '1'"),
+    ('--epochs 0', 'epochs must be'), ('--seed -1', 'seed must be'), ('--num_workers -1', 'num_workers must be'),
+    ('--lr nan', 'lr must be a finite number'), ('--wd -1', 'wd must be'), ('--eps -1', 'eps must be'),
+    ('--moms 1', "moms must be numbers in [0, 1), got '1'"),
     ('--moms .9,.8', 'moms must be three numbers, or one'), ('--moms 1,2', 'moms must be three numbers, or one'),
     ('--moms .9,,.8', 'moms must be numbers in [0, 1)'),
     ('--moms fast', "moms must be numbers in [0, 1), got 'fast'"),
@@ -180,9 +171,6 @@ def test_article():
     ('--out {folder}/train/4/0004.png', "0004.png' is a file"),
     ('--out {folder}/train/4/0004.png/out', "out: cannot make"),
     ('--out /proc/out', "out: cannot make '/proc/out'"),
-    ('--sqr_mo 0.9', 'unrecognized arguments: --sqr_mo'),
-    ('digits', 'unrecognized arguments: digits'),
-    ('--lr', 'argument --lr: expected one argument'),
 ])
 def test_refused(args, message, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Learner, 'fit', lambda *a, **k: pytest.fail('it trains'))
@@ -195,9 +183,7 @@ def test_fp16_without_gpu(capsys): assert 'fp16 needs a CUDA GPU' in refused(cap
 @pytest.mark.parametrize('text,message', [('{"args": 3}', 'no args.json'), ('{"args": {}}', 'no args.json'),
     ('[]', 'no args.json'), ('{', 'no args.json'),
     ('{"args": {"depth": 3}, "versions": {}}', 'no such option: depth'),
-    ('{"args": {"bs": "many"}, "versions": {}}', "bs must be a whole number from 1, got 'many'"),
-    ('{"args": {"opt": ["NAdam"]}, "versions": {}}', 'opt must be a name'),
-    ('{"args": {"data": 3}, "versions": {}}', 'data must be'), ('['*100_000, 'nested too deeply'),
+    ('['*100_000, 'nested too deeply'),
     ('{"args": {}, "versions": {"torch": "\\u001b[2J"}}', 'versions.torch must be'),
     ('{"args": {}, "versions": {"\\u001b[2J": "1"}}', 'a name in versions must be'),
     ('{"args": {}, "versions": {"torch": 2}}', 'versions.torch must be'),
@@ -268,9 +254,8 @@ def test_several_processes_need_accelerate(two_processes, capsys, monkeypatch):
     monkeypatch.setattr(room, 'find_spec', lambda name: None)
     assert 'training in several processes needs accelerate' in refused(capsys, [])
 
-@pytest.mark.parametrize('opt', ['NAdam', 'Adam'])
-def test_find_lr_where_the_loss_is_not_a_number(opt, tiny, tmp_path, capsys):
-    err = refused(capsys, argv('--find_lr', **tiny, eps=1e-300, opt=opt))
+def test_find_lr_where_the_loss_is_not_a_number(tiny, tmp_path, capsys):
+    err = refused(capsys, argv('--find_lr', **tiny, eps=1e-300))
     assert 'find_lr: the loss was nan after 2 batches, too early' in err and not (tmp_path/'runs').exists()
 
 def test_find_lr_in_several_processes(two_processes, capsys):
@@ -294,12 +279,11 @@ def test_help_has_every_option_and_default(capsys):
 # The main job
 
 def test_main_job(tmp_path):
-    "The command as it is, on the digits. With all its defaults it runs in the notebook 13_train"
-    p = subprocess.run([sys.executable, '-m', 'fastai_nadam.tools.train', *argv(arch='xresnet18', size=8, epochs=1)],
-        cwd=tmp_path, capture_output=True, text=True)
-    assert p.returncode == 0, p.stderr
+    "On the digits, into the folder that it chooses. With all its defaults it runs in the notebook 13_train"
+    p = Forked(main, argv(arch='xresnet18', size=8, epochs=1), cwd=tmp_path)
+    assert p.ended() == 0, p.err
     out = tmp_path/'runs'/'digits-NAdam'
     assert names(out) == ['args.json', 'history.csv', 'history.png', 'model.pth']
     hist = pd.read_csv(out/'history.csv')
-    assert hist.accuracy.iloc[-1] > 0.6 and 'xresnet18, 11.2 million parameters' in p.stdout
-    assert p.stdout.splitlines()[-1].startswith(f'accuracy {hist.accuracy.iloc[-1]:.4f}, ')
+    assert hist.accuracy.iloc[-1] > 0.6 and 'xresnet18, 11.2 million parameters' in p.out
+    assert p.out.splitlines()[-1].startswith(f'accuracy {hist.accuracy.iloc[-1]:.4f}, ')
