@@ -73,7 +73,7 @@ def test_a_message_is_printable(capsys):
     assert capsys.readouterr().err == r'x: no \x1b[2J\x07 class\u202e é' + '\n'
 
 @pytest.mark.parametrize('given,names,hint', [('Nadam', ['Adam', 'NAdam'], 'NAdam'),
-    ('adam', ['Adam', 'NAdam'], 'Adam'),
+    ('adam', ['Adam', 'NAdam'], 'Adam'), ('NADAM', ['Adam', 'NAdam'], 'NAdam'),
     ('xresnet35', ['resnet18', 'xresnet34'], 'xresnet34'), ('--mom', ['--moms'], '--moms'), ('zzz', ['Adam'], None)])
 def test_did_you_mean(given, names, hint):
     assert did_you_mean(given, names) == (f'; did you mean {hint}?' if hint else '')
