@@ -1,6 +1,5 @@
 """The tasks of tutorial.compare, and the results stored beside them"""
 import random
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,13 +90,6 @@ def test_effects_are_paired_on_new_seeds_and_diverged_runs_count_as_the_worst(st
     d = stats.finals(dead)
     assert d.loc[d.diverged, 'test'].item() == f.test[~dead.diverged].max()
     assert stats.effects(d).loc['t', 'diff'] > 100*np.log(.9) + 1
-
-@pytest.fixture(scope='module', autouse=True)
-def read_once():
-    "Stored results are read once for all tests that look at them"
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(Comparison, 'load', cache(Comparison.load))
-        yield
 
 run_cols = ['opt', 'lr', 'mom', 'wd', 'seed']
 # epochs, points, seeds, new seeds

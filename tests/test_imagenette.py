@@ -30,8 +30,9 @@ def test_cells_run(tmp_path, monkeypatch):
             for i in range(n):
                 img = Image.fromarray(np.random.randint(0, 256, (40, 50, 3), dtype=np.uint8))
                 img.save(tmp_path/'data'/split/c/f'{i}.png')
-    smaller = {'untar_data(URLs.IMAGENETTE_320)': f"Path({str(tmp_path/'data')!r})", 'bs=64': 'bs=4, num_workers=0', '(224': '(32',
-        'fit_one_cycle(10': 'fit_one_cycle(2', 'xresnet34(': 'xresnet18(', 'lr_find()': 'lr_find(num_it=20)'}
+    smaller = {'untar_data(URLs.IMAGENETTE_320)': f"Path({str(tmp_path/'data')!r})", '(224': '(32',
+        'bs=64': 'bs=4, num_workers=0', 'fit_one_cycle(10': 'fit_one_cycle(2', 'xresnet34(': 'xresnet18(',
+        'lr_find()': 'lr_find(num_it=20)'}
     for a,b in smaller.items():
         assert a in code
         code = code.replace(a, b)

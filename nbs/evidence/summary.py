@@ -19,7 +19,7 @@ def ends(folder): return finals(load(folder))
 
 @cache
 def points(length):
-    "The points of all searches: mean losses over the seeds of their trials, and the distance `x` of the momentum from 1"
+    "The points of all searches: mean losses over the seeds of their trials, and the momentum's distance `x` from 1"
     trials = pd.concat([ends(o).query('seed < 100') for o in folders[length]])
     means = trials.groupby(['task', 'opt', *point])[['tune', 'test']].mean()
     return means.reset_index(point).assign(x=lambda d: 1 - d.mom)
