@@ -345,6 +345,11 @@ def test_closed_streams(tmp_path):
     assert p.returncode == 2 and p.stderr.startswith('nadam-train: no such folder') and p.stderr.count('\n') == 1
     assert not list(tmp_path.iterdir())
 
+def test_a_command_that_has_no_standard_output(monkeypatch):
+    def speak(): print('lost')
+    monkeypatch.setattr(sys, 'stdout', None)
+    assert cli(speak, 'x', []) == 0
+
 def write_without_streams():
     sys.stdout = sys.stderr = None
     for fd in range(3): os.close(fd)
