@@ -238,8 +238,9 @@ def ctrl_c_waits():
     def wait(*args):
         if waiting: handler(*args)
         waiting.append(args)
-    signal.signal(signal.SIGINT, wait)
-    try: yield
+    try:
+        signal.signal(signal.SIGINT, wait)
+        yield
     finally:
         signal.signal(signal.SIGINT, handler)
         for args in waiting: handler(*args)
