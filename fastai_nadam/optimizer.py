@@ -246,6 +246,10 @@ def ctrl_c_waits():
         for args in waiting: handler(*args)
 
 # %% ../nbs/03_optimizer.ipynb #31sb
+def write_numbers(states, new):
+    "Write `new` into each of `states`. (In Python 3.13 not every place of a loop in a `try` belongs to it.)"
+    for s in states: s.update(new)
+
 @patch
 @contextmanager
 def _together(self:NAdamOptimizer, ps, new):
@@ -253,7 +257,7 @@ def _together(self:NAdamOptimizer, ps, new):
     states, begun = [self.state[p] for p in ps], []
     try:
         yield partial(begun.append, True)
-        for s in states: s.update(new)
+        write_numbers(states, new)
     except BaseException: # averages without their numbers begin anew
         for p,s in zip(ps, states):
             if begun and s.get('step') != new['step']:
@@ -330,8 +334,8 @@ def _check_state(i, p, state, hyper, rule):
     check(all(isinstance(k, str) for k in state), f"keys must be strings, got {list(state)}")
     for k in ('do_wd', 'force_train'):
         check(isinstance(state.get(k, True), (bool, np.bool_)), f"{k} must be True or False, got {state.get(k)!r}")
-    need = {*avgs, 'step'}
-    if not need & state.keys(): return state
+    need, products = {*avgs, 'step'}, {'mom_prod', 'mu_prod', 'sqr_mom_prod'}
+    if not (need | products) & state.keys(): return state
     check(not is_lazy(p), 'a lazy layer that has seen no batch has no state')
     check(need <= state.keys(), f"missing {sorted(need - state.keys())}")
     for k in avgs:
@@ -345,7 +349,7 @@ def _check_state(i, p, state, hyper, rule):
     prods = {**rule(**hyper, step=max(step, 1))[2], 'sqr_mom_prod': running_prod(hyper['sqr_mom'], step)}
     for k,v in prods.items():
         state[k] = check_number(where + k, state.get(k, v if step else 1.), 'in [0, 1]', lambda x: 0 <= x <= 1)
-    for k in {'mom_prod', 'mu_prod'} - prods.keys(): state.pop(k, None)
+    for k in products - prods.keys(): state.pop(k, None)
     return state
 
 def _copy_to(p, v):
