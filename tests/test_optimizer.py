@@ -296,7 +296,7 @@ def test_refused_checkpoints(impl, opt_func):
         (broken(sd, 2, grad_avg=torch.zeros(9)), r'parameter 2.*\(6,\).*grad_avg.*\(9,\)'),
         (broken(sd, 5, sqr_avg=None), r"parameter 5, of shape \(1,\): missing \['sqr_avg'\]"),
         (broken(sd, 5, step=None), r"parameter 5, of shape \(1,\): missing \['step'\]"),
-        (broken(sd, 1, grad_avg=None, sqr_avg=None, step=None), r"missing \['grad_avg', 'sqr_avg', 'step'\]"), # products alone
+        (broken(sd, 1, grad_avg=None, sqr_avg=None, step=None), r"missing \['grad_avg', 'sqr_avg', 'step'\]"),
         (broken(sd, 1, step=-1), 'step.*-1'),
         (broken(sd, 1, step=2.5), 'step.*2.5'), (broken(sd, 1, step='x'), 'step.*x'),
         (broken(sd, 1, step=float('inf')), 'step.*inf'), (broken(sd, 1, step=torch.ones(2)), 'step'),
