@@ -22,7 +22,7 @@ from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, l2_reg, step_stat, weight_decay
 from .checks import check_hyper, check_number, flag, flag_or_none
 from .rules import adam_rule, dozat_rule, ruder_rule, running_prod
-from .multi_tensor import (avgs, check_tensors, cut_blocks, held_rows, increment_versions, kernel_step,
+from .multi_tensor import (avgs, check_tensors, cut_blocks, increment_versions, kernel_rows, kernel_step,
     kernel_tensors, local, ordinary_rows, overlapping, pick_impl)
 from .steppers import nadam_step
 
@@ -297,7 +297,7 @@ def _step_batch(self:NAdamOptimizer, batch, rows, hyper, *lists):
     increment_versions(tensors[0])
     if rows is None: tensors = [[local(t) for t in ts] for ts in tensors]
     if batch.impl is kernel_step:
-        rows = rows.take(batch.idxs) if rows else held_rows(*tensors)
+        rows = rows.take(batch.idxs) if rows else kernel_rows(*tensors)
         if not rows: raise RuntimeError("another thread has changed a tensor during the step")
         return kernel_step(rows, **args, states=states, new=new)
     for js,blocks in cut_blocks(*tensors):
