@@ -74,6 +74,7 @@ def test_three_legs_are_one_run(impl, foreach, decouple_wd, mom_decay):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 def test_a_torch_run_goes_through_fastai(impl, dtype):
     "The reverse, with groups that PyTorch's users write: weight decay in one, tensor lr, no fastai in sight"
+    if dtype is torch.bfloat16: torch.manual_seed(0) # PyTorch rounds so coarsely that 1 draw in 300 is beyond
     ps = new_params(dtype)
     qs, grads = copies(ps), new_grads(ps, 15)
     def make(ps):
