@@ -53,7 +53,7 @@ options = dict(
     opt=Option(str, 'NAdam', 'NAdam', is_opt, f"Optimizer: {', '.join(opt_funcs)}"),
     size=Option(int, 24, 224, whole(1, 10_000), 'Side of the square images, in pixels'),
     bs=Option(int, 64, 64, whole(1, 10**6), 'Images per batch, in each process'),
-    epochs=Option(int, 5, 10, whole(1, 10**6), 'Number of times to go through the training images'),
+    epochs=Option(int, 3, 10, whole(1, 10**6), 'Number of times to go through the training images'),
     lr=Option(float, 3e-3, 1e-3, hyper('lr'), 'Learning rate at the peak of the cycle'),
     moms=Option(str, None, None, optional(is_moms),
         'Momentum (beta1) over the cycle: three numbers, or one that is constant (default: .95,.85,.95)'),
