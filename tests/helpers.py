@@ -1,5 +1,5 @@
 "What the tests of the optimizer share: parameters and their copies, gradients, comparisons, and low precision on a CPU"
-import importlib, os, subprocess, sys
+import importlib
 from copy import deepcopy
 from pathlib import Path
 
@@ -16,13 +16,6 @@ def gaps(t): return t.repeat_interleave(2, -1)[..., ::2] if t.ndim else t
 layouts = dict(plain=lambda t: t, transposed=lambda t: t.mT.contiguous().mT if t.ndim > 1 else t, gaps=gaps,
     channels_last=lambda t: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t,
     expanded=lambda t: t[:1].expand(t.shape) if t.ndim and len(t) else t)
-
-def python(code, **env):
-    "What a fresh Python prints"
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
-        env={**os.environ, **env})
-    assert p.returncode == 0, p.stderr
-    return p.stdout.split()
 
 def all_params(opt): return [p for pg in opt.param_lists for p in pg]
 

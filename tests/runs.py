@@ -48,6 +48,12 @@ class Forked(processes.Process):
         self.join()
         return self.exitcode
 
+def printed(f, *args):
+    "The words that `f(*args)` prints in a process of its own"
+    p = Forked(f, *args)
+    assert p.ended() == 0, p.err
+    return p.out.split()
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     "A folder of photographs' layout: some fours and sevens, 16 to train on and 8 to validate with"

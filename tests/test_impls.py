@@ -1,5 +1,5 @@
 "Every implementation gives the same parameters and the same state as the steppers, whatever happens between two steps"
-import gc, itertools, pickle, random, subprocess, sys
+import gc, itertools, pickle, random
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from fastai_nadam import DozatNAdam, NAdam
 from fastai_nadam.multi_tensor import cut_blocks, fused_step, kernel_tensors, pick_impl
 from helpers import all_params, assert_same, copies, gaps, layouts, tols
 from impls import KernelOff, NoExchange, each_impl, loop, needs_kernel, with_impl
+from runs import Forked
 
 fast_impls = pytest.mark.parametrize('impl', [dict(), KernelOff(), dict(foreach=True), NoExchange()],
     ids=['default', 'kernel off', 'foreach', 'no exchange API'])
@@ -355,6 +356,5 @@ def test_the_device_option_arrives(request):
 def test_one_option_says_where_tensors_are():
     "`pytest tests/test_impls.py --device cuda` runs this list on a GPU; here another device stands in for it"
     test = f'{__file__}::test_the_device_option_arrives'
-    p = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', test, '--device', 'meta'],
-        capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert p.returncode == 0 and '1 passed' in p.stdout, p.stdout
+    p = Forked(pytest.main, ['-q', '-p', 'no:cacheprovider', test, '--device', 'meta'], cwd=Path(__file__).parent)
+    assert p.ended() == 0 and '1 passed' in p.out, p.out

@@ -1,6 +1,8 @@
 "The kernel in C computes the formula, touches nothing beside its tensors, and has PyTorch's threads"
 import itertools, math, os, random, subprocess, sys
 from functools import partial
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from types import SimpleNamespace
 
 import pytest, torch
@@ -9,12 +11,13 @@ from torch import nn
 from fastai_nadam import DozatNAdam, NAdam, multi_tensor
 from fastai_nadam.multi_tensor import _kernel, foreach_step, fused_step, kernel_rows, kernel_step, pick_impl
 from fastai_nadam.rules import adam_rule, dozat_rule, ruder_rule
-from helpers import python
+from runs import printed
 
 built = pytest.mark.skipif(_kernel is None, reason='the kernel in C was not built, or is switched off')
 threaded = pytest.mark.skipif(not (_kernel and _kernel.openmp),
     reason='a kernel in C without OpenMP is no first choice')
 tols = {torch.float64: 1e-12, torch.float32: 2e-5}
+one_step = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=0.97, b=0.31, debias2=0.5)
 sizes = [0, 1, 2, 7, 15, 16, 17, 63, 100, 1001, 2**16, 2**17+5]
 
 @pytest.fixture
@@ -106,7 +109,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
 @pytest.mark.parametrize('first,second', [('torch_op', 'step'), ('step', 'torch_op')])
 def test_threads_are_pytorchs(first, second):
     "No others are started, `set_num_threads` holds for both, and a child of a fork that has one thread can step"
-    gomp, one, before, *n, child = map(int, python(f"""
+    code = f"""
 import os, torch
 from fastai_nadam.multi_tensor import kernel_rows, kernel_step
 lists = [[torch.ones(2_000_000)] for _ in range(4)]
@@ -123,18 +126,28 @@ if not (pid := os.fork()):
     torch.set_num_threads(1)
     step()
     os._exit(7)
-print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))""", OMP_NUM_THREADS='1'))
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"""
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, # nothing else loaded
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert p.returncode == 0, p.stderr
+    gomp, one, before, *n, child = map(int, p.stdout.split())
     assert child == 7 and one == 1
     if gomp != 1: pytest.skip('PyTorch and the kernel in C have two libraries for threads')
     assert n == [before+2]*2
 
+def impl_if(value):
+    "Print whether the kernel is off, and what steps, if the package is imported with `FASTAI_NADAM_KERNEL=value`"
+    os.environ['FASTAI_NADAM_KERNEL'] = value
+    for k in [*sys.modules]:
+        if k.split('.')[0] == 'fastai_nadam': del sys.modules[k]
+    from fastai_nadam import NAdam, multi_tensor
+    print(multi_tensor._kernel is None, NAdam([torch.ones(2)], 1.).impl)
+
 def test_switched_off_by_the_environment():
-    code = """import torch; from fastai_nadam import NAdam, multi_tensor
-print(multi_tensor._kernel is None, NAdam([torch.ones(2)], 1.).impl)"""
     off = ['True', 'fused' if multi_tensor._has_fused('cpu', torch.float32) else 'foreach']
-    assert python(code, FASTAI_NADAM_KERNEL='off') == off
+    assert printed(impl_if, 'off') == off
     on = ['False', 'kernel' if _kernel.openmp else off[1]] if _kernel else off
-    assert python(code, FASTAI_NADAM_KERNEL=random.choice(['1', ''])) == on
+    assert printed(impl_if, random.choice(['1', ''])) == on
     for v in ('0', '00', 'false', 'False', 'no', 'NO', 'off', ' off '): assert not multi_tensor._is_on(v)
     for v in ('', '1', 'true', 'Yes', 'on'): assert multi_tensor._is_on(v)
     for v in ('2', 'nein', '0.0'):
@@ -161,8 +174,6 @@ def test_pick_impl(monkeypatch):
 
 # The same bits everywhere
 
-one_step = dict(lr=0.1, mom=0.9, sqr_mom=0.99, eps=1e-8, wd=0.1, l2=0.1, a=0.97, b=0.31, debias2=0.5)
-
 def bits(lists): return [t.clone() for ts in lists for t in ts]
 
 @built
@@ -187,33 +198,28 @@ def test_the_same_bits_at_every_address(dtype):
         res.append(bits(lists))
     for other in res[1:]: assert all(torch.equal(x, y) for x,y in zip(res[0], other))
 
+def load_kernel(file):
+    loader = ExtensionFileLoader('_kernel', str(file))
+    kernel = module_from_spec(spec_from_file_location('_kernel', file, loader=loader))
+    loader.exec_module(kernel)
+    return kernel
+
 @built
-def test_the_same_bits_on_every_processor(tmp_path, copy_project):
+def test_the_same_bits_on_every_processor(tmp_path, copy_project, monkeypatch):
     "The version for the processor at hand, and the one for all others"
-    code = """
-import torch
-from fastai_nadam.multi_tensor import kernel_rows, kernel_step
-for dtype in (torch.float32, torch.float64):
-    g = torch.Generator().manual_seed(SEED)
-    lists = [[torch.rand(n, generator=g, dtype=dtype) for n in (1, 7, 1000, 70_001)] for _ in range(4)]
-    for _ in range(20): kernel_step(kernel_rows(*lists), **NUMBERS)
-    for t in [t for ts in lists for t in ts]: print(hash(t.numpy().tobytes()))
-""".replace('SEED', str(random.randrange(2**31))).replace('NUMBERS', repr(one_step))
     copy_project(tmp_path/'p')
     build = [sys.executable, 'setup.py', '-q', 'build_ext', '--inplace', '--force']
-    for extra in ('', '-DNO_CLONES'):
-        subprocess.run(build, cwd=tmp_path/'p', env={**os.environ, 'CFLAGS': extra}, check=True, capture_output=True)
+    start = [[torch.rand(n, dtype=d) for n in (1, 7, 1000, 70_001)] for d in tols for _ in range(4)]
+    res = []
+    for flag in ('', '-DNO_CLONES'):
+        subprocess.run(build, cwd=tmp_path/'p', env={**os.environ, 'CFLAGS': flag}, check=True, capture_output=True)
         so, = (tmp_path/'p'/'fastai_nadam').glob('_kernel*')
-        (tmp_path/f'{extra or "clones"}.so').write_bytes(so.read_bytes())
-    def run(so):
-        load = f"""
-import importlib.machinery as m, importlib.util as u, fastai_nadam.multi_tensor as mt
-spec = u.spec_from_file_location('_kernel', {str(so)!r}, loader=m.ExtensionFileLoader('_kernel', {str(so)!r}))
-mt._kernel = u.module_from_spec(spec)
-spec.loader.exec_module(mt._kernel)
-"""
-        return python('import torch' + load + code, PYTHONHASHSEED='0')
-    assert run(tmp_path/'clones.so') == run(tmp_path/'-DNO_CLONES.so')
+        monkeypatch.setattr(multi_tensor, '_kernel', load_kernel(so.rename(tmp_path/f'kernel{flag}.so')))
+        lists = [[t.clone() for t in ts] for ts in start]
+        for _ in range(20):
+            for four in (lists[:4], lists[4:]): kernel_step(kernel_rows(*four), **one_step)
+        res.append(bits(lists))
+    assert all(torch.equal(x, y) for x,y in zip(*res))
 
 # What PyTorch tells
 
