@@ -1,6 +1,8 @@
 """The two questions of PROTOCOL.md, answered from the stored results: effects on tasks, and what they say together"""
-import matplotlib.pyplot as plt, numpy as np, pandas as pd
+from functools import cache
 from pathlib import Path
+
+import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from fastai_nadam.tools.results import Comparison, half_width, holm
 from pooling import plain_mean
 
@@ -17,9 +19,12 @@ questions = {
     'fine-tune, best of 10 points': ('finetune_tuned', tuned, False),
     'only swap, 32 epochs, lr_find with Adam': ('swap_long_adam', scratch, False)}
 
+@cache
+def load(file): return Comparison.load(file)
+
 def comparisons(folder, tasks):
     "By task; one that has not been run is left out"
-    return {t: Comparison.load(here/folder/t) for t in tasks if (here/folder/t/'results.csv').exists()}
+    return {t: load(here/folder/t) for t in tasks if (here/folder/t/'results.csv').exists()}
 
 def effects(folder, tasks, opt='NAdam', base='Adam'):
     "Difference in test loss on the same `n` seeds, in per cent of it, by task; below 0 `opt` is better"
