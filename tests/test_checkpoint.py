@@ -6,7 +6,7 @@ import pytest, torch
 from fastai.vision.all import Learner, Path
 
 from fastai_nadam.tools import checkpoint as room, train as train_room
-from fastai_nadam.tools.checkpoint import Checkpoint, read_checkpoint, run_folder
+from fastai_nadam.tools.checkpoint import Checkpoint, check_lengths, read_checkpoint, run_folder
 from fastai_nadam.tools.train import main, train
 from runs import Forked, Stop, argv, folder, here, names, refused, same_run, stop, tiny
 
@@ -257,7 +257,8 @@ def forged(state):
         opt=[None, [], {}, dict(state=[], hypers=[]), opt(grad_avg=3), opt(grad_avg=torch.zeros(1)), opt(sqr_avg='x'),
             opt(step=-1), opt(step=1.5), opt(step=None), opt(step=True), opt(do_wd=2), opt(more=torch.zeros(2)),
             other(state['opt'], hypers=[dict(lr='x')]), other(state['opt'], hypers=[{}]), other(state['opt'], more=1),
-            other(state['opt'], hypers=[other(groups[0], lr=None)]), other(state['opt'], state=[p])],
+            other(state['opt'], hypers=[other(groups[0], lr=None)]), other(state['opt'], state=[p]),
+            other(state['opt'], count='x'), other(state['opt'], slow_weights=[[torch.zeros(1)]])],
         scaler=[None, [], 'x', dict(scale='x'), dict(scale=None), {3: 3}],
         losses=[None, 3, [1.]*n, torch.zeros(n, dtype=torch.int64), torch.zeros(n-1), torch.zeros(n, 1)],
         lrs=[None, 3, 'x', [], ['x']*n, [None]*n, [1.]*(n+1), {}, torch.zeros(n)],
@@ -279,10 +280,13 @@ def test_every_entry_of_a_checkpoint_is_checked(opt, tiny, tmp_path, capsys, mon
     assert {*bad} == {*state}
     def check_message(k, v, err): assert 'stopped/checkpoint.pth' in err and k in err and len(err) < 600, (k, v, err)
     def refused_with(changed, k, v, by_command=True):
-        torch.save(changed, file)
         if not by_command:
-            try: read_checkpoint(file)
+            try:
+                with monkeypatch.context() as m:
+                    m.setattr(torch, 'load', lambda *args, **kwargs: changed)
+                    read_checkpoint(file)
             except ValueError as e: return check_message(k, v, str(e))
+        torch.save(changed, file)
         capsys.readouterr()
         assert main(['--resume', 'stopped']) == 2, (k, v)
         out, err = capsys.readouterr()
@@ -295,6 +299,19 @@ def test_every_entry_of_a_checkpoint_is_checked(opt, tiny, tmp_path, capsys, mon
         some = bad[k] if opt == 'NAdam' else random.sample(bad[k], min(3, len(bad[k])))
         for v in some: refused_with({**state, k: v}, k, v, by_command=False)
     refused_with({**state, 'more': 1}, 'more', 'added')
+
+@pytest.mark.parametrize('change', [lambda row: row[:-1], lambda row: [*row, 1.], lambda row: [*row[:-1], 'text']],
+    ids=['short', 'long', 'text'])
+def test_rows_of_any_learner_are_checked(change, stopped, capsys, monkeypatch, no_training):
+    "Not only in nadam-train, which knows more of its rows"
+    monkeypatch.setattr(train_room, 'check_rows', lambda checkpoint: None)
+    rows = read_checkpoint(stopped/'checkpoint.pth')['rows']
+    rewrite(stopped/'checkpoint.pth', rows=[change(o) for o in rows])
+    assert 'rows[0]' in refused(capsys, ['--resume', 'stopped'])
+
+def test_rows_count_batches_in_order():
+    with pytest.raises(ValueError, match='rows must count the batches'):
+        check_lengths(dict(losses=[1.]*4, rows=[[8], [4]], lrs=[], hps={}))
 
 @pytest.mark.parametrize('make', [os.mkfifo, lambda f: f.symlink_to('/dev/zero'), lambda f: f.symlink_to(f),
     lambda f: f.symlink_to('../victim')], ids=['pipe', 'endless', 'link to itself', 'link'])

@@ -339,6 +339,13 @@ def test_ctrl_c_while_it_starts(name, way, tmp_path):
     assert (p.returncode, out, err) == (130, '', f'nadam-{name}: interrupted\n')
     assert not list(tmp_path.iterdir())
 
+def test_ctrl_c_is_pythons_own_once_a_command_runs():
+    def interrupted(*_): "As `start` sets it"
+    seen, before = [], signal.signal(signal.SIGINT, interrupted)
+    try: assert cli(lambda: seen.append(signal.getsignal(signal.SIGINT)), 'x', []) == 0
+    finally: signal.signal(signal.SIGINT, before)
+    assert seen == [signal.default_int_handler]
+
 def test_closed_streams(tmp_path):
     command = f'{" ".join(command_line("train"))} --data nowhere <&- >&-'
     p = subprocess.run(['sh', '-c', command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)

@@ -128,15 +128,15 @@ def test_what_an_import_does():
     """The package's own leaves the tools out, and none asks for a GPU: else a process that forks later cannot use it,
     and each process of torchrun has a context on the first one"""
     run(sys.executable, '-W', 'ignore', '-c', """
-import sys, fastai_nadam
-assert fastai_nadam.NAdam and fastai_nadam.DozatNAdam
-tools = 'fastai.vision', 'fastai.learner', 'fastai.data', 'fastai_nadam.tools'
-assert not [m for m in sys.modules if m.startswith(tools)]
-import torch, fastai.vision.all
+import sys, torch
 def asked(*args, **kwargs): raise AssertionError('an import asked for a GPU')
 for k in ('is_available', 'current_device', 'device_count', 'init', '_lazy_init', 'get_device_name'):
     setattr(torch.cuda, k, asked)
-import pkgutil, importlib, fastai_nadam.all, fastai_nadam.tools as tools
+import fastai_nadam
+assert fastai_nadam.NAdam and fastai_nadam.DozatNAdam
+tools = 'fastai.vision', 'fastai.learner', 'fastai.data', 'fastai_nadam.tools'
+assert not [m for m in sys.modules if m.startswith(tools)]
+import fastai.vision.all, pkgutil, importlib, fastai_nadam.all, fastai_nadam.tools as tools
 for m in pkgutil.iter_modules(tools.__path__): importlib.import_module(f'fastai_nadam.tools.{m.name}')
 """, cwd=root)
 

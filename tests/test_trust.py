@@ -1,5 +1,6 @@
 "Whatever happens to tensors between two steps, nothing is corrupted and nothing kept alive"
 import pickle, random, signal, sys, threading, time, weakref
+from array import array
 from collections import UserDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -559,6 +560,17 @@ def test_a_tensor_that_is_replaced_while_it_is_looked_at(without_exchange, monke
         return read(ts, *args)
     monkeypatch.setattr(multi_tensor, 'read_rows', replaced)
     with pytest.raises(RuntimeError, match='another thread has changed a tensor'): opt.step()
+
+def test_the_memory_that_is_held_is_what_the_addresses_point_to(without_exchange, monkeypatch):
+    "Also where a tensor is replaced just after its address was read"
+    lists, read = [[torch.randn(3)] for _ in range(4)], multi_tensor.read_rows
+    def then_replaced(*args):
+        rows = read(*args)
+        for (t,) in lists: t.data = t.data.clone()
+        return rows
+    monkeypatch.setattr(multi_tensor, 'read_rows', then_replaced)
+    rows = multi_tensor.kernel_rows(*lists)
+    assert [s.data_ptr() for s in rows.storages] == list(array('Q', rows.bytes)[:4])
 
 # Memory that is not what it was
 

@@ -116,8 +116,7 @@ anything = allow('anything', lambda v: True)
 any_number = allow('a number', is_number) # also one that is not finite: a loss that has diverged
 word = whole(0, 2**32-1) # 32 bits of a generator of random numbers
 
-python_words = sequence(*[word]*624, whole(0, 624)) # and the place of the next
-python_rng = sequence(one_of(3), python_words, optional(number()))
+python_rng = sequence(one_of(3), each(word, 625), optional(number())) # the words, and the place of the next
 numpy_rng = sequence(one_of('MT19937'), each(word, 624), whole(0, 624), whole(0, 1), number())
 rng_entries = entries(dict(python=python_rng, numpy=numpy_rng, torch=vector(torch.uint8),
     cuda=optional(vector(torch.uint8)), dls=each(python_rng)))
