@@ -26,6 +26,7 @@ def call(module, func, kwargs): getattr(importlib.import_module(module), func)(*
 def nbdev(module, func, project, **kwargs):
     p = Forked(call, f'nbdev.{module}', func, kwargs, cwd=project)
     assert p.ended() == 0, p.out + p.err
+    return p.out + p.err
 
 @pytest.fixture
 def project(copy_project, tmp_path): return copy_project(tmp_path/'project')
@@ -216,11 +217,14 @@ def test_site_has_every_notebook(project):
     pages = sidebar()
     assert pages[0] == 'index.ipynb' and sorted(pages) == [nb.name for nb in nbs]
     for f in yaml.safe_load(made['_quarto.yml'])['metadata-files']: assert f in made
-    nbdev('serve', 'proc_nbs', project, n_workers=0)
+    said = nbdev('serve', 'proc_nbs', project, n_workers=0)
+    assert 'cells containing imports' not in said, f'nbdev would run what stands beside imports:\n{said}'
     for nb in nbs:
         page = json.loads((project/'_proc'/nb.name).read_text(encoding='utf-8'))
         top = ''.join(page['cells'][0]['source'])
         assert top.startswith('---\n'), f'{nb.name} should begin with "# title" and "> description"'
+        nested = re.findall(r'\[\[`.*?\)\]\(.*?\)', '\n'.join(''.join(c['source']) for c in page['cells']))
+        assert not nested, f'{nb.name}: nbdev links these names itself, so a link around them has no backticks: {nested}'
     shown = json.dumps(json.loads((project/'_proc/03_optimizer.ipynb').read_text(encoding='utf-8')))
     assert 'Gradient moving average coefficient' in shown
 
