@@ -227,7 +227,7 @@ def new_case(opt_func, impl, ps): return opt_func([ps[:2], ps[2:]], 1e-2, wd=0.1
 @pytest.mark.parametrize('opt_func', [NAdam, DozatNAdam])
 @pytest.mark.parametrize('event', events, ids=lambda o: o.__name__)
 def test_notices(impl, opt_func, event):
-    ps = make_params([(s, torch.float32, 'plain') for s in ((4, 3), (4, 4), (5, 5), (2,), (200, 700))])
+    ps = make_params([(s, torch.float32, 'plain') for s in ((4, 3), (4, 4), (5, 5), (2,), (100, 700))])
     cases = [new_case(opt_func, impl, ps), new_case(opt_func, loop, copies(ps))]
     for e in (None, event, unfreeze, random.choice(events)):
         if e: cases = [e(*o) for o in cases]

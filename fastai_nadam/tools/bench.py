@@ -110,7 +110,7 @@ def sentence(times:pd.DataFrame, opt:str, to:str=reference) -> str:
     ratio, low, high = ratios(times, to).loc[opt]
     if math.isnan(low): return f'{num(ratio)} times as long (too few rounds for an interval)'
     interval = f'95 % interval {num(low)} to {num(high)}'
-    if low <= 1 <= high: return f'as long, as far as this run can tell ({num(ratio)}, {interval})'
+    if low <= 1 <= high: return f'about as long ({num(ratio)} times, {interval}, which contains 1)'
     return f'{num(ratio)} times as long ({interval})'
 
 def saving(times:pd.DataFrame, opt:str, to:str) -> str:

@@ -70,12 +70,12 @@ def seconds(folder, tasks, opt='NAdam', base='Adam'):
 outcomes = {
     'take it': 'NAdam ends lower', 'take it, but it is worth less than 2 %': 'NAdam ends lower, by less than 2 %',
     'leave it': 'NAdam ends higher', 'leave it, but it costs less than 2 %': 'NAdam ends higher, by less than 2 %',
-    'either': 'there is no difference that matters', 'not shown': 'no difference is shown'}
+    'either': 'any difference is below 2 %', 'not shown': 'no difference is shown'}
 
 def outcome(r):
     "What a row of `answers` has shown, in words"
     corrected = r.verdict == 'not shown' and r.low*r.high > 0
-    return "no difference is left after Holm's correction" if corrected else outcomes[r.verdict]
+    return 'no difference is shown once corrected for the number of questions' if corrected else outcomes[r.verdict]
 
 def looks_ahead(r):
     "Does a row of `answers` recommend `NAdam`?"
@@ -92,10 +92,10 @@ def finetune_in_short():
     if name in df.index:
         r = df.loc[name]
         more = f" With the best of 10 settings for each, it is {percent(r)}: {outcome(r)}."
-    return f"""**Which optimizer for `fine_tune`?** With all its defaults, on {first.k:.0f} small tasks{named}, the test
+    take = '`NAdam`' if looks_ahead(first) else 'Adam, as `partial(NAdam, nesterov=False)`: nothing was shown to be better'
+    return f"""**Which optimizer for `fine_tune`?** {take}. With all its defaults, on {first.k:.0f} small tasks{named}, the test
 loss with `NAdam` differs from that with fastai's `Adam` by {percent(first)} on average (95 % interval over
-tasks), and is lower on {first.better:.0f} of them. In the words of the protocol this is "{first.verdict}":
-{outcome(first)}.{more}
+tasks), and is lower on {first.better:.0f} of them: {outcome(first)}.{more}
 `NAdam(nesterov=False)`, which is `Adam` with exact bias correction, differs from it by {percent(exact)}
 (exploratory).
 
