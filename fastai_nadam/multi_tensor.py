@@ -244,7 +244,8 @@ def check_tensors(p, g, state):
         end = t.storage_offset()*t.element_size() + _n_bytes(t)
         if type(t) in _plain_tensors and t.untyped_storage().nbytes() < end:
             fail(f"a {k} whose memory was taken away, by resize_() of its storage")
-    dense = {k: (*_span(t), t.stride()) for k,t in ts.items() if torch.ops.aten.is_non_overlapping_and_dense(local(t))}
+    held = {k: local(t).detach() for k,t in ts.items()} # so that no other thread moves them meanwhile
+    dense = {k: (*_span(t), t.stride()) for k,t in held.items() if torch.ops.aten.is_non_overlapping_and_dense(t)}
     for (k,(a,b,s)),(other,(c,d,u)) in combinations(dense.items(), 2):
         if a < d and c < b and (a,s) != (c,u): fail(f"a {k} that lies partly over its {other}; clone() one of them")
 

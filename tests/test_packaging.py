@@ -224,7 +224,7 @@ def test_site_has_every_notebook(project):
         top = ''.join(page['cells'][0]['source'])
         assert top.startswith('---\n'), f'{nb.name} should begin with "# title" and "> description"'
         nested = re.findall(r'\[\[`.*?\)\]\(.*?\)', '\n'.join(''.join(c['source']) for c in page['cells']))
-        assert not nested, f'{nb.name}: nbdev links these names itself, so a link around them has no backticks: {nested}'
+        assert not nested, f'{nb.name}: nbdev links names in backticks itself, so others are not put around: {nested}'
     shown = json.dumps(json.loads((project/'_proc/03_optimizer.ipynb').read_text(encoding='utf-8')))
     assert 'Gradient moving average coefficient' in shown
 

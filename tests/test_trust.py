@@ -561,6 +561,17 @@ def test_a_tensor_that_is_replaced_while_it_is_looked_at(without_exchange, monke
     monkeypatch.setattr(multi_tensor, 'read_rows', replaced)
     with pytest.raises(RuntimeError, match='another thread has changed a tensor'): opt.step()
 
+def test_tensors_that_are_moved_while_they_are_compared_do_not_overlap(monkeypatch):
+    "The memory that one has left may be what the next one gets"
+    base, span = torch.zeros(20), multi_tensor._span
+    ts = [base[i:i+5] for i in range(0, 20, 5)]
+    def then_moved(t):
+        found = span(t)
+        for o in ts: o.data = base[1:6]
+        return found
+    monkeypatch.setattr(multi_tensor, '_span', then_moved)
+    multi_tensor.check_tensors(ts[1], ts[0], dict(zip(avgs, ts[2:])))
+
 def test_the_memory_that_is_held_is_what_the_addresses_point_to(without_exchange, monkeypatch):
     "Also where a tensor is replaced just after its address was read"
     lists, read = [[torch.randn(3)] for _ in range(4)], multi_tensor.read_rows
