@@ -9,7 +9,7 @@ from torch import nn
 from fastai_nadam import NAdam
 from fastai_nadam.tools import bench as b
 from fastai_nadam.tools.bench import (bench_cases, bench_step, find_peers, interleave, load_figures, main, new_params,
-    ratios, reference, save_figures, saving, sentence, show_table, time_batches, times)
+    reference, save_figures, saving, sentence, show_table, time_batches, times)
 from fastai_nadam.multi_tensor import _kernel
 from impls import needs_kernel
 from runs import here
@@ -31,24 +31,6 @@ def test_what_prepares_a_call_is_not_timed(monkeypatch):
     monkeypatch.setattr(b, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
     df = interleave({'a': lambda: pass_time(1), 'b': lambda: pass_time(2)}, rounds=3, before=lambda: pass_time(100))
     assert (df.a == 1).all() and (df.b == 2).all()
-
-@pytest.mark.parametrize('n,k', [(5, None), (6, 0), (20, 5), (100, 39)])
-def test_interval_of_the_median(n, k):
-    "Against the binomial distribution itself: the widest that leaves 2.5 % on each side"
-    x = random.sample(range(1, 1000), n)
-    df = ratios(pd.DataFrame({reference: [2.]*n, 'x': x}))
-    ends = [math.nan]*2 if k is None else [sorted(x)[k]/2, sorted(x)[n-1-k]/2]
-    assert df.loc['x', ['low', 'high']].tolist() == pytest.approx(ends, nan_ok=True)
-    assert df.ratio['x'] == pd.Series(x).median()/2
-    assert list(df) == ['ratio', 'low', 'high'] and df.ratio[reference] == 1
-    def tail(k): return sum(math.comb(n, i) for i in range(k+1))/2**n
-    assert tail(0) > 0.025 if k is None else tail(k) <= 0.025 < tail(k+1)
-
-def test_ratios_to_another_than_the_reference():
-    df = pd.DataFrame({reference: [1.]*6, 'a': [random.uniform(1, 9) for _ in range(6)]})
-    df['b'] = 3*df.a
-    assert ratios(df, 'a').loc['b'].tolist() == pytest.approx([3]*3)
-    assert ratios(df, 'b').ratio[reference] == pytest.approx((1/df.b).median())
 
 @pytest.mark.parametrize('x,said', [
     ([2.]*20, '2.00 times as long'), ([.5]*20, '0.50 times as long'), ([.9]*10 + [1.2]*10, 'about as long'),

@@ -9,7 +9,7 @@ from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from fastai.metrics import mse, rmse
-from fastai.optimizer import Adam, Lookahead, OptimWrapper
+from fastai.optimizer import Adam, OptimWrapper
 from fastai.torch_core import set_seed
 from fastcore.basics import first
 from torch import nn
@@ -354,13 +354,6 @@ def fine(make_learner=tuned, **kwargs):
     kwargs = {**dict(opts=['NAdam', 'Adam'], epochs=2, seeds=2, fine_tune=True), **kwargs}
     return compare_opts(make_learner, **kwargs)
 
-def test_fine_tuning_freezes_the_body_first():
-    log = []
-    class Frozen(Callback):
-        def after_train(self): log.append([p.requires_grad for p in self.model.parameters()])
-    fine(partial(tuned, cbs=Frozen()), opts=['NAdam'], seeds=[0], epochs=2, freeze_epochs=3)
-    assert log == [[False, False, True, True]]*3 + [[True]*4]*2
-
 @pytest.mark.parametrize('at', [0, 1, 3])
 def test_fine_tuning_resumes_in_each_of_its_phases(at, tmp_path):
     whole = fine().results
@@ -462,7 +455,6 @@ mine.lrs = whole.lrs = 3e-3, 1e-2, 3e-2
 
 def wrapped(opt, **kwargs): return partial(OptimWrapper, opt=partial(opt, **kwargs))
 def ignores(opt_func): return tiny(Adam)
-def wraps_it(opt_func): return tiny(lambda ps, **kw: Lookahead(opt_func(ps, **kw)))
 the_model = nn.Linear(4, 1)
 def shares(opt_func): return Learner(dls(), the_model, MSELossFlat(), opt_func, metrics=mse)
 def counts(opt_func, n=itertools.count()): 
@@ -475,7 +467,6 @@ def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat
 
 @pytest.mark.parametrize('changed, msg', [
     (dict(make_learner=ignores), 'make_learner ignores its opt_func: '),
-    (dict(make_learner=wraps_it), 'make_learner ignores its opt_func'),
     (dict(make_learner=shares), 'make_learner must make a new model each time'),
     (dict(make_learner=counts), 'make_learner must give the same initial weights'),
     (dict(make_learner=no_learner), 'make_learner must return a Learner'),
@@ -505,7 +496,6 @@ def unknown_metric(opt_func): return Learner(dls(), nn.Linear(4, 1), MSELossFlat
     (dict(opts=["Adam(eps='x')"]), "Adam(eps='x') does not work"),
     (dict(lrs=[]), 'lrs must have one value or more'),
     (dict(lrs=[0.]), 'lrs must be above 0'),
-    (dict(lrs=[math.nan]), 'lr'),
     (dict(lrs=[-1]), 'lr must be'),
     (dict(epochs=0), 'epochs must be a whole number from 1, got 0'),
     (dict(seeds=0), 'seeds must have one value or more'),

@@ -10,9 +10,9 @@ from fastcore.docments import docments
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai_nadam import DozatNAdam, NAdam
-from fastai_nadam.multi_tensor import cut_blocks, fused_step, kernel_tensors, pick_impl
+from fastai_nadam.multi_tensor import cut_blocks, kernel_tensors
 from helpers import all_params, assert_same, copies, gaps, layouts, tols
-from impls import KernelOff, NoExchange, each_impl, loop, needs_kernel, with_impl
+from impls import KernelOff, NoExchange, each_impl, loop, with_impl
 from runs import Forked
 
 fast_impls = pytest.mark.parametrize('impl', [dict(), KernelOff(), dict(foreach=True), NoExchange()],
@@ -262,20 +262,6 @@ def test_what_the_arguments_say(opt_func):
         except ValueError: continue # no fused kernel in an older PyTorch
         assert (impl == 'steppers') == (False in (foreach, fused) and True not in (foreach, fused))
 
-@needs_kernel
-def test_what_foreach_and_fused_mean(without_kernel):
-    f32 = torch.float32
-    assert pick_impl('cpu', f32) is fused_step and pick_impl('cpu', f32, None, True) is fused_step
-    assert pick_impl('cpu', f32, False, False) is None
-    p = [nn.Parameter(torch.randn(2))]
-    impls = [NAdam(p, 1., **o).impl for o in (dict(), loop, dict(foreach=True), dict(fused=True))]
-    assert impls == ['fused', 'steppers', 'foreach', 'fused']
-    for kw in (dict(fused=True), dict(foreach=True)):
-        with pytest.raises(ValueError, match='no such kernel for torch.int32 on cpu'):
-            NAdam([torch.zeros(2, dtype=torch.int32)], 1., **kw)
-    with pytest.raises(ValueError, match='fused=True.*meta'): NAdam([torch.zeros(2, device='meta')], 1., fused=True)
-    with pytest.raises(ValueError, match="fused must be .* got 'yes'"): NAdam(p, 1., fused='yes')
-
 def test_without_the_kernel(monkeypatch, without_kernel):
     "On a PyTorch that has no such kernel, the default is foreach, and fused=True an error"
     from fastai_nadam import multi_tensor
@@ -306,8 +292,7 @@ def test_gradients_can_be_freed():
         gc.collect()
         assert r() is None
 
-@pytest.mark.parametrize('impl', [dict(), dict(foreach=True), loop], ids=['fused', 'foreach', 'loop'])
-def test_zero_grad(impl):
+def test_zero_grad():
     "In place, also gradients with a history, sparse ones, and those of frozen parameters"
     ps = [nn.Parameter(torch.randn(3)) for _ in range(3)] + [nn.Embedding(4, 2, sparse=True).weight]
     ps[0].grad = torch.ones(3)
@@ -315,7 +300,7 @@ def test_zero_grad(impl):
     ps[3].grad = torch.sparse_coo_tensor([[1]], [[1., 2.]], (4, 2))
     ps[0].requires_grad_(False)
     g = [p.grad for p in ps]
-    NAdam(ps, 1., **impl).zero_grad()
+    NAdam(ps, 1.).zero_grad()
     assert all(p.grad is o for p,o in zip(ps, g)) and ps[2].grad is None
     assert not any(ps[i].grad.to_dense().any() for i in (0, 1, 3)) and ps[1].grad.grad_fn is None
 

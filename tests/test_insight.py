@@ -206,15 +206,6 @@ def test_the_step_follows_from_the_columns(opt_func): check_columns(opt_func)
 def test_the_step_follows_from_the_columns_on_every_path(opt_func, decouple_wd, impl):
     check_columns(lambda p, lr: with_impl(opt_func, p, impl, lr=lr, decouple_wd=decouple_wd))
 
-def test_dozat_keeps_the_product_of_the_warmed_up_momenta():
-    p = nn.Parameter(torch.randn(3))
-    ours,theirs = DozatNAdam([p], lr=0.), OptimWrapper([p], torch.optim.NAdam, lr=0.)
-    set_grads([p])
-    with StepTrace(ours) as a, StepTrace(theirs) as b:
-        for _ in range(3): ours.step(); theirs.step()
-    mu = [0.9*(1 - 0.5*0.96**(0.004*t)) for t in (1, 2, 3)]
-    for t in (a.table(), b.table()): close(t.mom_prod.to_numpy(), np.cumprod(mu), rtol=1e-6)
-
 @every_opt
 def test_trace_every_optimizer(opt_func):
     "Every optimizer gets all rows and the values that every optimizer has; what it does not have is NaN"

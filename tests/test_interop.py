@@ -4,7 +4,6 @@ from functools import partial
 import math
 
 import pytest, timm.optim, torch
-from fastai.callback.schedule import fit_one_cycle
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from fastai.optimizer import Adam, Lookahead, OptimWrapper
@@ -123,21 +122,6 @@ def test_state_is_a_copy():
     train(from_torch(torch_opt), ps, new_grads(ps, 2))
     for i,s in torch_opt.state_dict()['state'].items():
         for k in s: assert torch.equal(s[k], before['state'][i][k])
-
-def test_after_one_cycle():
-    "`mom` is scheduled, which `mu_product` carries, and the hypers hold numpy floats"
-    learn = toy_learner(opt_func=DozatNAdam)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 0.01)
-    opt, ps = learn.opt, list(learn.model.parameters())
-    qs = copies(ps)
-    torch_opt = to_torch(opt)
-    for p in ps: assert torch_opt.state[p]['mu_product'].item() == opt.state[p]['mu_prod']
-    other = DozatNAdam([qs], lr=1.)
-    other.load_state_dict(opt.state_dict())
-    grads = new_grads(ps, 5)
-    train(torch_opt, ps, grads)
-    train(other, qs, grads)
-    assert_close(ps, qs)
 
 def test_torch_state_dict_on_disk(tmp_path):
     "Saved, read in torch's safe mode by a script that knows the model only, trained on there, and brought back"

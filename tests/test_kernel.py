@@ -107,7 +107,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
 @threaded
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
 @pytest.mark.parametrize('first,second', [('torch_op', 'step'), ('step', 'torch_op')])
-def test_threads_are_pytorchs(first, second):
+def test_threads_are_pytorchs(first, second, tmp_path):
     "No others are started, `set_num_threads` holds for both, and a child of a fork that has one thread can step"
     code = f"""
 import os, torch
@@ -128,7 +128,7 @@ if not (pid := os.fork()):
     os._exit(7)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"""
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, # nothing else loaded
-        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert p.returncode == 0, p.stderr
     gomp, one, before, *n, child = map(int, p.stdout.split())
     assert child == 7 and one == 1
@@ -167,9 +167,10 @@ def test_pick_impl(monkeypatch):
             if kernel or has:
                 assert pick_impl('cpu', dtype, fused=True) is first and pick_impl('cpu', dtype, True, True) is first
         assert pick_impl('cpu', torch.bfloat16) is theirs and pick_impl('meta', torch.float32) is foreach_step
-        for args in (('meta', torch.float32), ('cpu', torch.int64)):
-            with pytest.raises(ValueError, match='fused=True: there is no such kernel for'):
-                pick_impl(*args, fused=True)
+        int64 = 'cpu', torch.int64
+        for *args,k in (('meta', torch.float32, 'fused'), (*int64, 'fused'), (*int64, 'foreach')):
+            with pytest.raises(ValueError, match=f'{k}=True: there is no such kernel for'):
+                pick_impl(*args, **{k: True})
     pick_impl.cache_clear()
 
 # The same bits everywhere

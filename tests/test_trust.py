@@ -61,6 +61,8 @@ def test_an_average_of_another_size(impl, k):
     opt = warm(ps, impl)
     opt.state[ps[1]][k].data = torch.zeros(7)
     assert_refused(opt, rf'shape \(5,\).*{k} of shape \(7,\).*clear_state')
+    opt.clear_state()
+    opt.step()
 
 @with_checks
 @pytest.mark.parametrize('which', ['data', 'gradient', 'grad_avg', 'sqr_avg'])
@@ -185,10 +187,10 @@ def test_a_state_dict_is_live_in_all_its_parts(impl):
     s = sd['state'][0]
     assert s['step'] == 4 and s['mom_prod'] == pytest.approx(0.9**4) and sd['hypers'][0]['lr'] == 0.5
     for k in ('grad_avg', 'sqr_avg'): assert torch.equal(sd['state'][0][k], opt.state[ps[0]][k])
-    torch.testing.assert_close(kept, before, rtol=0, atol=0)
     opt.load_state_dict(kept)
     opt.step()
-    assert kept['state'][0]['step'] == 3 and sd['state'][0]['step'] == 4
+    torch.testing.assert_close(kept, before, rtol=0, atol=0)
+    assert sd['state'][0]['step'] == 4
 
 # Flags
 
