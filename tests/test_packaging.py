@@ -131,13 +131,19 @@ def test_what_an_import_does():
     run(sys.executable, '-W', 'ignore', '-c', """
 import sys, torch
 def asked(*args, **kwargs): raise AssertionError('an import asked for a GPU')
-for k in ('is_available', 'current_device', 'device_count', 'init', '_lazy_init', 'get_device_name'):
-    setattr(torch.cuda, k, asked)
+names = 'is_available', 'current_device', 'device_count', 'init', '_lazy_init', 'get_device_name'
+theirs = {k: getattr(torch.cuda, k) for k in names}
+def put(**funcs):
+    for k,f in funcs.items(): setattr(torch.cuda, k, f)
+put(**dict.fromkeys(names, asked))
 import fastai_nadam
 assert fastai_nadam.NAdam and fastai_nadam.DozatNAdam
 tools = 'fastai.vision', 'fastai.learner', 'fastai.data', 'fastai_nadam.tools'
 assert not [m for m in sys.modules if m.startswith(tools)]
-import fastai.vision.all, pkgutil, importlib, fastai_nadam.all, fastai_nadam.tools as tools
+put(**theirs) # an old fastai asks
+import fastai.vision.all
+put(**dict.fromkeys(names, asked))
+import pkgutil, importlib, fastai_nadam.all, fastai_nadam.tools as tools
 for m in pkgutil.iter_modules(tools.__path__): importlib.import_module(f'fastai_nadam.tools.{m.name}')
 """, cwd=root)
 

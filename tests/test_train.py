@@ -216,6 +216,9 @@ def test_each_option_in_a_file_is_checked(k, tmp_path):
             train(args='args.json')
         assert len(str(e.value)) < 400 and str(e.value).isprintable()
 
+def test_a_flag_is_true_or_false():
+    with pytest.raises(ValueError, match="find_lr must be True or False, got 'photos'"): train('photos')
+
 @pytest.mark.parametrize('make', [lambda p: os.mkfifo(p), lambda p: p.symlink_to('/dev/zero'), lambda p: p.mkdir()])
 def test_args_that_are_no_file(make, tmp_path, capsys):
     make(tmp_path/'args.json')

@@ -224,6 +224,7 @@ def default_out(config:AttrDict) -> Path:
 # %% ../../nbs/13_train.ipynb #dd5c6aeb
 def check_together(options, find_lr, article, args, resume, out):
     "Check that the arguments of `train` go together. Raises a `ValueError`"
+    for k,v in dict(find_lr=find_lr, article=article).items(): flag(k, v)
     if find_lr and 'lr' in options: raise ValueError("give lr or find_lr, not both")
     if find_lr and num_distrib() > 1: raise ValueError("find_lr works in one process only")
     if article and args: raise ValueError("give args or article, not both")
@@ -261,7 +262,7 @@ def summary(learn, seconds):
     return ', '.join(f'{k} {v:.4f}' for k,v in reversed(scores.items())) + f' in {seconds:.0f} s; see {learn.path}'
 
 # %% ../../nbs/13_train.ipynb #60ec
-def train(*,
+def train(
     find_lr:bool=False, # Train with the learning rate that lr_find suggests, instead of lr
     article:bool=False, # The article's options for Imagenette; options that are given win over them
     args:str=None, # args.json of an earlier run to repeat; options that are given win over it
@@ -296,8 +297,9 @@ def train(*,
     return learn
 
 # %% ../../nbs/13_train.ipynb #60ee
+# Keyword-only here, not in `def train`: of such arguments an old fastcore finds no comments
 keyword = partial(Parameter, kind=Parameter.KEYWORD_ONLY)
-own = [o for o in inspect.signature(train).parameters.values() if o.kind == Parameter.KEYWORD_ONLY]
+own = [o.replace(kind=Parameter.KEYWORD_ONLY) for o in [*inspect.signature(train).parameters.values()][:-1]]
 train.__signature__ = Signature([*(keyword(k, default=None, annotation=o.type) for k,o in options.items()), *own],
     return_annotation=Learner)
 
