@@ -195,8 +195,8 @@ def in_short(page=''):
 - **Your recipe is tuned for Adam:** putting NAdam into it brings no gain that is shown,
   {answer('Recipe tuned for Adam')}.
 - **What matters more:** the learning rate. From one that is three times too large or too small, the best of 5
-  settings lowers Adam's loss by {off['mean']:.0f} % ({off.low:.0f} to {off.high:.0f}); from a good one, by {good['mean']:.0f} %
-  ({num(good.low, 0)} to {num(good.high, 0)}).
+  settings lowers Adam's loss by {off['mean']:.0f} % ({off.low:.0f} to {off.high:.0f}); from a good one, by
+  {good['mean']:.0f} % ({num(good.low, 0)} to {num(good.high, 0)}).
 """
 
 def which_one():

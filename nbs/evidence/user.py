@@ -92,10 +92,11 @@ def finetune_in_short():
     if name in df.index:
         r = df.loc[name]
         more = f" With the best of 10 settings for each, it is {percent(r)}: {outcome(r)}."
-    take = '`NAdam`' if looks_ahead(first) else 'Adam, as `partial(NAdam, nesterov=False)`: nothing was shown to be better'
-    return f"""**Which optimizer for `fine_tune`?** {take}. With all its defaults, on {first.k:.0f} small tasks{named}, the test
-loss with `NAdam` differs from that with fastai's `Adam` by {percent(first)} on average (95 % interval over
-tasks), and is lower on {first.better:.0f} of them: {outcome(first)}.{more}
+    plain = 'Adam, as `partial(NAdam, nesterov=False)`: nothing was shown to be better'
+    take = '`NAdam`' if looks_ahead(first) else plain
+    return f"""**Which optimizer for `fine_tune`?** {take}. With all its defaults, on {first.k:.0f} small
+tasks{named}, the test loss with `NAdam` differs from that with fastai's `Adam` by {percent(first)}
+on average (95 % interval over tasks), and is lower on {first.better:.0f} of them: {outcome(first)}.{more}
 `NAdam(nesterov=False)`, which is `Adam` with exact bias correction, differs from it by {percent(exact)}
 (exploratory).
 
