@@ -141,7 +141,9 @@ def test_killed_at_any_moment(opt, tiny, tmp_path):
         Forked(main, ['--resume=part'] if resumable else ['--out=part', *args]).ended(random.uniform(0, seconds))
     if not (part/'args.json').exists():
         shutil.rmtree(part, ignore_errors=True)
-        Forked(main, ['--out=part', *args]).ended(seconds/2)
+        p = Forked(main, ['--out=part', *args])
+        p.until((part/'args.json').exists)
+        p.ended(seconds/4)
     assert main(['--resume', 'part']) == 0 or not (part/'checkpoint.pth').exists()
     same_run(part, tmp_path/'whole')
 
