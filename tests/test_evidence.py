@@ -121,7 +121,7 @@ def test_all_stored_results_load():
     assert len(folders) > 90
     for f in folders:
         c = Comparison.load(f)
-        assert c.opts == c.settings['opts']
+        assert c.verdict() and c.opts == c.settings['opts']
 
 @pytest.mark.parametrize('length', ['short', 'middle'])
 def test_repeated_searches_have_points_of_their_own(stats, tasks, length):

@@ -19,8 +19,7 @@ questions = {
     'fine-tune, best of 10 points': ('finetune_tuned', tuned, False),
     'only swap, 32 epochs, lr_find with Adam': ('swap_long_adam', scratch, False)}
 
-@cache
-def load(file): return Comparison.load(file)
+load = cache(Comparison.load)
 
 def comparisons(folder, tasks):
     "By task; one that has not been run is left out"
